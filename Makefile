@@ -1,0 +1,52 @@
+# make demo    the whole path on this machine: data, two training stages, scores with controls, a chat, a report
+# make test    the default tests with coverage          make lint    ruff and pyright
+# make bench   the measurements of benchmarks/          make clean-demo   removes what `make demo` made
+#
+# Each makes .venv first if it is missing, or older than what it is made from. Another Python: make PYTHON=python3.12
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+EXTRAS := demo,eval,dev,hf
+SECONDS_FILE := $(VENV)/.install-seconds
+
+.PHONY: demo test lint bench clean-demo venv clock
+.DELETE_ON_ERROR:
+
+demo: venv
+	$(BIN)/python -m mm.demo
+
+test: venv
+	$(BIN)/python -m pytest --cov --cov-report=term
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+bench: venv
+	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
+
+clean-demo:
+	rm -rf runs/demo
+
+venv: $(VENV)/.installed
+
+# torch, torchvision and torchaudio all come from the default index: a CPU-only torch from elsewhere would not fit the others.
+$(VENV)/.installed: pyproject.toml constraints.txt | clock
+	@start=$$(date +%s.%N); \
+	if ! test -x $(BIN)/python; then \
+	    $(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
+	    { echo "mm needs Python 3.11, 3.12 or 3.13; name one: make PYTHON=python3.12" >&2; exit 2; }; \
+	fi; \
+	set -ex; \
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV); \
+	$(BIN)/python -m pip install --quiet -c constraints.txt uv; \
+	$(BIN)/uv pip install --python $(BIN)/python -c constraints.txt -e '.[$(EXTRAS)]'; \
+	{ set +x; } 2>/dev/null; \
+	$(BIN)/python -c "print(round($$(date +%s.%N) - $$start, 1))" > $(SECONDS_FILE); \
+	touch $@
+
+# Seconds that this `make` spent installing, for the demo's summary: 0.0 unless the rule above runs.
+clock:
+	@mkdir -p $(VENV) && echo 0.0 > $(SECONDS_FILE)

@@ -1,0 +1,175 @@
+"""The interactive chat: a line is a question, a media file, or a /command; the answer appears as it is written."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+from rich.console import Console
+
+from mm.chat.paste import media_in
+from mm.chat.session import ChatSession
+from mm.types import Kind
+
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline: a model must not steer the terminal
+HISTORY_LINES = 1000
+
+HELP: dict[str, tuple[str, str]] = {
+    "image": ("FILE", "show the model an image with the next question"),
+    "audio": ("FILE", "let it hear a sound"),
+    "video": ("FILE", "show it a video"),
+    "system": ("[TEXT]", "set the system prompt; without TEXT, remove it"),
+    "reset": ("", "forget the chat and its media"),
+    "save": ("FILE", "write the chat to a JSON file"),
+    "load": ("FILE", "go on with a saved chat"),
+    "stats": ("", "tokens and seconds of the last answer"),
+    "help": ("", "this list"),
+    "quit": ("", "leave (Ctrl-D too)"),
+}
+
+
+def printable(text: str) -> str:
+    """The text without control characters, which could move the cursor, recolour or retitle the terminal."""
+    return CONTROL.sub("", text)
+
+
+class Terminal:
+    """Reads lines, answers them on `console`. `read(prompt)` gives a line or raises EOFError or KeyboardInterrupt."""
+
+    def __init__(self, session: ChatSession, console: Console, read: Callable[[str], str] = input) -> None:
+        self.session = session
+        self.console = console
+        self.read = read
+        self.open = True
+
+    def run(self, name: str) -> None:
+        """Chats until /quit or end of input. `name` says in the greeting whom with."""
+        kinds = ", ".join(("text", *self.session.model.media_specs()))
+        self.note(f"{name} · reads {kinds} · /help lists the commands, Ctrl-D leaves")
+        while self.open:
+            try:
+                line = self._read_line()
+            except KeyboardInterrupt:
+                self.note("\n(Ctrl-D or /quit leaves)")
+            except EOFError:
+                self.console.print()
+                return
+            else:
+                self.handle(line)
+
+    def handle(self, line: str) -> None:
+        """One line of the user. What is wrong with it is shown, and the chat goes on."""
+        name, _, argument = line.removeprefix("/").partition(" ")
+        is_command = line.startswith("/") and name in HELP
+        text, files = (line, []) if is_command else media_in(line)
+        try:
+            for kind, path in files:
+                self._attach(kind, path)
+            if is_command:
+                self._command(name, argument.strip())
+            elif line.startswith("/") and not files:
+                raise ValueError(f"/{name} is no command; /help lists them")
+            elif text.strip():
+                self._answer(text)
+        except (ValueError, OSError) as error:
+            self.console.print(f"error: {printable(' '.join(str(error).split()))}", style="red", markup=False)
+
+    def note(self, text: str) -> None:
+        self.console.print(printable(text), style="dim", markup=False, highlight=False)
+
+    def _read_line(self) -> str:
+        """A line; one that ends in a backslash goes on in the next."""
+        line = self.read("you> ")
+        while line.endswith("\\"):
+            line = line[:-1] + "\n" + self.read("...> ")
+        return line
+
+    def _answer(self, text: str) -> None:
+        with closing(self.session.ask(text)) as answer:
+            try:
+                with self.console.status("reading"):
+                    piece = next(answer, "")
+                while piece:
+                    self.console.print(printable(piece), end="", markup=False, highlight=False, soft_wrap=True)
+                    piece = next(answer, "")
+                self.console.print()
+            except KeyboardInterrupt:
+                self.note("\n(stopped)")
+                return
+        if self.session.last is not None and self.session.last.finish_reason == "length":
+            self.note(f"(cut after {self.session.last.tokens} tokens: --max-new-tokens)")
+
+    def _attach(self, kind: Kind, path: str) -> None:
+        positions = self.session.attach(kind, path)
+        self.note(f"({kind} {path}: {positions} tokens, goes with the next question)")
+
+    def _command(self, name: str, argument: str) -> None:
+        match name:
+            case "image" | "audio" | "video":
+                self._attach(name, _file(name, argument))
+            case "system":
+                self.session.system = argument or None
+                self.note("(system prompt set)" if argument else "(no system prompt)")
+            case "reset":
+                self.session.reset()
+                self.note("(forgotten)")
+            case "save":
+                self.session.save(_file(name, argument))
+                self.note(f"(saved {self.session.turns} turns to {argument})")
+            case "load":
+                self.session.load(_file(name, argument))
+                self.note(f"(loaded {self.session.turns} turns from {argument})")
+            case "stats":
+                self.note(self._statistics())
+            case "help":
+                for command, (what, effect) in HELP.items():
+                    self.note(f"/{command + ' ' + what:<16} {effect}")
+                self.note("The path of a media file in a line attaches it; a line that ends in \\ goes on in the next.")
+            case "quit":
+                self.open = False
+
+    def _statistics(self) -> str:
+        last = self.session.last
+        if last is None:
+            return "(no answer yet)"
+        rate = (last.tokens - 1) / (last.seconds - last.first_seconds) if last.tokens > 1 else 0.0
+        ended = {"stop": "ended by the model", "length": "cut at the limit", None: "stopped"}[last.finish_reason]
+        return (
+            f"turn {self.session.turns}: prompt {last.prompt_length} positions, answer {last.tokens} tokens ({ended}); "
+            f"first text after {last.first_seconds:.2f} s, then {rate:.1f} tokens/s"
+        )
+
+
+def _file(command: str, argument: str) -> str:
+    if not argument:
+        raise ValueError(f"/{command} needs the name of a file")
+    return argument.strip("'\"")
+
+
+def use_history(console: Console) -> Callable[[], None]:
+    """Line editing and the lines of earlier chats, where Python has readline; returns what saves them at the end.
+
+    They are kept in $XDG_STATE_HOME/mm/chat_history (~/.local/state by default), readable by the user alone.
+    """
+    try:
+        import readline
+    except ImportError:  # Python built without it: plain input
+        return lambda: None
+    state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
+    file = state / "mm" / "chat_history"
+    readline.set_history_length(HISTORY_LINES)
+    if file.is_file():
+        readline.read_history_file(file)
+
+    def save() -> None:
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.touch(mode=0o600)
+            readline.write_history_file(file)
+        except OSError as error:
+            console.print(f"the history was not kept: {error}", style="dim", markup=False)
+
+    return save

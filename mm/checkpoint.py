@@ -1,0 +1,155 @@
+"""A model as a directory that anyone can read: weights, config, tokenizer, and a manifest of their hashes.
+
+    model.safetensors (or model-00001-of-00003.safetensors ... and an index)   config.yaml   tokenizer.json   manifest.json
+
+Files are written beside their final name, synced and renamed, the manifest last: a directory with a manifest is whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as safetensors_bytes
+from torch import Tensor
+
+import mm
+from mm.model import MultimodalModel
+from mm.parts import build
+
+SHARD_BYTES = 4 * 2**30
+
+
+def save(model: MultimodalModel, path: str | Path) -> None:
+    """Writes the directory `path` (made if absent). Needs `model.config`, which the command line and `load` set."""
+    if model.config is None:
+        raise ValueError("checkpoint.save: the model does not know its config; set model.config to its class_path/init_args tree")
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "manifest.json").unlink(missing_ok=True)
+    config = {"class_path": model.config["class_path"], "init_args": dict(model.config["init_args"], tokenizer="tokenizer.json")}
+    files = {name: write_atomically(path / name, data) for name, data in _weight_files(model)}
+    files["config.yaml"] = write_atomically(path / "config.yaml", yaml.safe_dump(config, sort_keys=False).encode())
+    model.tokenizer.save(path)
+    files["tokenizer.json"] = hashlib.sha256((path / "tokenizer.json").read_bytes()).hexdigest()
+    manifest = {
+        "format": "mm-model-1",
+        "sha256": files,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "versions": {"mm": mm.__version__, "torch": str(torch.__version__), "python": platform.python_version()},
+    }
+    write_atomically(path / "manifest.json", json.dumps(manifest, indent=2).encode())
+
+
+def load(path: str | Path) -> MultimodalModel:
+    """Opens a model directory, in eval mode. Raises ValueError naming the file, or the tensor and both shapes."""
+    path = Path(path)
+    verify(path)
+    config = yaml.safe_load((path / "config.yaml").read_text())
+    config["init_args"]["tokenizer"] = str(path / "tokenizer.json")
+    model = build(config, MultimodalModel)
+    model.config = config
+    load_weights(model, path)
+    return model.eval()
+
+
+def load_weights(model: MultimodalModel, path: str | Path) -> None:
+    """Copies the weights of a model directory into `model`, strictly: same names, same shapes."""
+    path = Path(path)
+    stored = {name: file for file in _shards(path) for name in _names(file)}
+    wanted = dict(_tensors(model))
+    missing, extra = sorted(wanted.keys() - stored.keys()), sorted(stored.keys() - wanted.keys())
+    if missing or extra:
+        raise ValueError(f"{path}: " + "; ".join(f"{what} tensor {names[0]}{_more(names)}" for what, names in (("missing", missing), ("unexpected", extra)) if names))
+    for file in _shards(path):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():
+                value = tensors.get_tensor(name)
+                if value.shape != wanted[name].shape:
+                    raise ValueError(f"{file}: tensor {name} has shape {tuple(value.shape)}, the model's is {tuple(wanted[name].shape)}")
+                with torch.no_grad():
+                    wanted[name].copy_(value)
+
+
+def verify(path: Path) -> dict[str, Any]:
+    """The manifest, once every file it names is there and has its hash."""
+    if not path.is_dir():
+        raise ValueError(f"{path}: no such model directory")
+    if not (path / "manifest.json").is_file():
+        raise ValueError(f"{path}: not a model directory, or one whose writing was cut off: it has no manifest.json")
+    manifest = json.loads((path / "manifest.json").read_text())
+    for name, digest in manifest["sha256"].items():
+        if not (path / name).is_file():
+            raise ValueError(f"{path / name}: the manifest names this file, and it is missing")
+        with open(path / name, "rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != digest:
+                raise ValueError(f"{path / name}: its SHA-256 is not the manifest's; the file was changed or damaged")
+    return manifest
+
+
+def write_atomically(path: Path, data: bytes) -> str:
+    """Writes a file whole or not at all, and returns its SHA-256."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return hashlib.sha256(data).hexdigest()
+
+
+def _tensors(model: MultimodalModel) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers, each shared one once, under its first name."""
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def _weight_files(model: MultimodalModel) -> Iterator[tuple[str, bytes]]:
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, tensor in _tensors(model):
+        tensor = tensor.detach().cpu().contiguous()
+        if size and size + tensor.nbytes > SHARD_BYTES:
+            shards.append({})
+            size = 0
+        shards[-1][name], size = tensor, size + tensor.nbytes
+    if len(shards) == 1:
+        yield "model.safetensors", safetensors_bytes(shards[0])
+        return
+    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    for name, shard in zip(names, shards, strict=True):
+        yield name, safetensors_bytes(shard)
+    index = {"weight_map": {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}}
+    yield "model.safetensors.index.json", json.dumps(index, indent=2).encode()
+
+
+def _shards(path: Path) -> list[Path]:
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        return [path / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    if not (path / "model.safetensors").is_file():
+        raise ValueError(f"{path}: no model.safetensors and no model.safetensors.index.json")
+    return [path / "model.safetensors"]
+
+
+def _names(file: Path) -> list[str]:
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return list(tensors.keys())
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file}: not a whole safetensors file ({error})") from error
+
+
+def _more(names: list[str]) -> str:
+    return f" and {len(names) - 1} more" if len(names) > 1 else ""

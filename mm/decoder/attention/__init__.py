@@ -1,0 +1,1 @@
+"""Mixers: the part of a layer that moves information between positions."""

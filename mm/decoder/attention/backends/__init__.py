@@ -1,0 +1,1 @@
+"""Attention backends: one signature, `attend(q, k, v, layout, options)`, and several ways to compute it."""

@@ -1,0 +1,1 @@
+"""Feed-forward parts: dense, or a sparse mixture of experts."""

@@ -1,0 +1,122 @@
+"""Who may attend to whom, said once a forward pass and shared by all layers.
+
+Shape legend: `B` rows, `T` query positions, `S` key positions (with a cache, the cached ones and then the queries).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from mm.types import CrossMedia, Sequence
+
+_T = TypeVar("_T")
+
+
+@dataclass
+class Places:
+    """Where positions stand: index, document_ids and branch_ids (B, S) as in Sequence."""
+
+    index: Tensor
+    document_ids: Tensor
+    branch_ids: Tensor
+
+    def append(self, more: Places) -> Places:
+        return Places(
+            torch.cat([self.index, more.index], 1),
+            torch.cat([self.document_ids, more.document_ids], 1),
+            torch.cat([self.branch_ids, more.branch_ids], 1),
+        )
+
+
+@dataclass
+class Layout:
+    """The geometry of one forward pass.
+
+    A query sees a key when both stand in the same document, the key is not after the query, and the key's branch is the
+    query's or the common part. Padding is document 0: it sees padding only, so no row of a softmax is empty.
+    `positions` (B, T, 3) are the queries' multi-axis positions. `memo` keeps what layers derive (masks, rotary tables).
+    """
+
+    queries: Places
+    keys: Places
+    positions: Tensor
+    cross: CrossMedia | None = None
+    memo: dict[Hashable, object] = field(default_factory=dict)
+
+    @staticmethod
+    def of(sequence: Sequence, past: Places | None = None) -> Layout:
+        here = Places(sequence.index, sequence.document_ids, sequence.branch_ids)
+        return Layout(here, past.append(here) if past else here, sequence.positions, sequence.cross)
+
+    @property
+    def offset(self) -> int:
+        """How many keys stand before the first query."""
+        return self.keys.index.shape[1] - self.queries.index.shape[1]
+
+    @cached_property
+    def has_branches(self) -> bool:
+        return bool(self.keys.branch_ids.any())
+
+    @cached_property
+    def is_plain_causal(self) -> bool:
+        """True when a causal mask says it all: no cache, one document a row (padding after it), no branches."""
+        return self.offset == 0 and not self.has_branches and bool((self.keys.document_ids <= 1).all()) and self._pads_right
+
+    @cached_property
+    def _pads_right(self) -> bool:
+        real = self.keys.document_ids > 0
+        return bool((real[:, 1:] <= real[:, :-1]).all())
+
+    def remember(self, key: Hashable, make: Callable[[], _T]) -> _T:
+        """`make()`, once per forward pass and key."""
+        if key not in self.memo:
+            self.memo[key] = make()
+        return self.memo[key]  # type: ignore[return-value]
+
+    def mask(self, window: int | None = None) -> Tensor:
+        """(B, 1, T, S) bool, True where a query sees a key. `window` hides keys `window` or more places back."""
+        return self.remember(("mask", window), lambda: self._mask(window))
+
+    def _mask(self, window: int | None) -> Tensor:
+        q, k = self.queries, self.keys
+        columns = torch.arange(k.index.shape[1], device=k.index.device)
+        visible = columns[None, None, :] <= columns[None, self.offset :, None]
+        visible = visible & (q.document_ids[:, :, None] == k.document_ids[:, None, :])
+        if self.has_branches:
+            branch = k.branch_ids[:, None, :]
+            visible = visible & ((branch == 0) | (q.branch_ids[:, :, None] == branch))
+        if window is not None:
+            visible = visible & (q.index[:, :, None] - k.index[:, None, :] < window)
+        return visible[:, None]
+
+    def cross_mask(self) -> Tensor:
+        """(B, 1, T, N) bool: which media beside the sequence each query sees. A query may see none."""
+
+        def make() -> Tensor:
+            assert self.cross is not None
+            q, k = self.queries, self.cross
+            visible = (q.document_ids[:, :, None] == k.document_ids[:, None, :]) & (k.document_ids[:, None, :] > 0)
+            branch = k.branch_ids[:, None, :]
+            visible = visible & ((branch == 0) | (q.branch_ids[:, :, None] == branch))
+            return (visible & (k.index[:, None, :] <= q.index[:, :, None]))[:, None]
+
+        return self.remember("cross_mask", make)
+
+    def documents(self) -> list[tuple[int, int, int]]:
+        """(row, start, end) of every run of equal document ids, padding included, in raster order."""
+
+        def make() -> list[tuple[int, int, int]]:
+            ids = self.keys.document_ids
+            change = torch.ones_like(ids, dtype=torch.bool)
+            change[:, 1:] = ids[:, 1:] != ids[:, :-1]
+            rows, starts = (axis.tolist() for axis in change.nonzero(as_tuple=True))
+            ends = [s if r == row else ids.shape[1] for r, s, row in zip(rows[1:], starts[1:], rows[:-1], strict=True)]
+            return list(zip(rows, starts, [*ends, ids.shape[1]], strict=True))
+
+        return self.remember("documents", make)

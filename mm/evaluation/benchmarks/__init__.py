@@ -1,0 +1,1 @@
+"""Benchmarks: one file each, from the authors' files to questions, references and the official aggregate."""

@@ -1,0 +1,111 @@
+"""`mm validate --config configs/evaluation/NAME.yaml`: benchmarks for a trained model, by Lightning's command line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule
+from rich.console import Console
+from rich.table import Table
+from torch.utils.data import DataLoader
+
+import mm
+from mm.evaluation.benchmarks.base import Benchmark
+from mm.evaluation.runner import evaluate
+
+
+class EvaluationModule(LightningModule):
+    """Generation-based scoring. One "batch" of validation is one whole benchmark.
+
+    Args:
+        model: directory of a checkpoint, opened with `mm.load`.
+        benchmarks: what to ask, in this order.
+        output: where results are written; default: `results` beside the model directory.
+        controls: also ask without media, and with shuffled media.
+        limit: only the first questions of each benchmark.
+        batch_size: requests decoded together.
+        seed: of the shuffled media.
+        show_progress: a progress bar with the running score.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        benchmarks: list[Benchmark],
+        output: str | None = None,
+        controls: bool = True,
+        limit: int | None = None,
+        batch_size: int = 64,
+        seed: int = 0,
+        show_progress: bool = True,
+    ) -> None:
+        super().__init__()
+        names = [benchmark.name for benchmark in benchmarks]
+        if len(set(names)) < len(names):
+            raise ValueError(f"benchmarks: {', '.join(names)}: each may be given once, for its results bear its name")
+        self.path = Path(model)
+        self.benchmarks = benchmarks
+        self.output = self.path.parent / "results" if output is None else Path(output)
+        self.options: dict[str, Any] = {
+            "controls": controls,
+            "limit": limit,
+            "batch_size": batch_size,
+            "seed": seed,
+            "show_progress": show_progress,
+        }
+        self.results: list[dict[str, Any]] = []
+
+    def setup(self, stage: str) -> None:
+        if self.trainer.world_size > 1:
+            raise ValueError(f"evaluation runs on one device: give --trainer.devices 1 (now {self.trainer.world_size})")
+        self.model = mm.load(self.path)
+
+    def val_dataloader(self) -> DataLoader[Benchmark]:
+        return DataLoader(self.benchmarks, batch_size=None)  # type: ignore[arg-type]  # a list is a map-style data set
+
+    def transfer_batch_to_device(self, batch: Benchmark, device: Any, dataloader_idx: int) -> Benchmark:
+        return batch
+
+    def on_validation_start(self) -> None:
+        self.results = []
+
+    def validation_step(self, batch: Benchmark, batch_idx: int) -> None:
+        result = evaluate(self.model, batch, output=self.output, model_path=self.path, **self.options)
+        self.results.append(result)
+        numbers = {f"{batch.name}/{name}": value for name, value in result["scores"].items()}
+        for control, scores in result["controls"].items():
+            numbers |= {f"{batch.name}/{control}/{name}": value for name, value in scores.items()}
+        self.log_dict(numbers, batch_size=1)
+
+    def on_validation_end(self) -> None:
+        Console().print(score_table(self.results))
+
+    # `mm test` does the same as `mm validate`.
+    test_dataloader = val_dataloader
+    test_step = validation_step
+    on_test_start = on_validation_start
+    on_test_end = on_validation_end
+
+
+def score_table(results: Sequence[Mapping[str, Any]]) -> Table:
+    """Scores beside chance and controls, in percent; a dash where a control does not ask those questions."""
+    controls = list(dict.fromkeys(name for result in results for name in result["controls"]))
+    table = Table(title="Accuracy in percent")
+    for heading in ("benchmark", "questions"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("model", "chance", *(name.replace("_", " ") for name in controls)):
+        table.add_column(heading, justify="right")
+    for result in results:
+        for row, name in enumerate(result["scores"]):
+            beside = [result["chance"], *(result["controls"].get(control, {}) for control in controls)]
+            numbers = [f"{100 * scores[name]:.1f}" if name in scores else "-" for scores in (result["scores"], *beside)]
+            label = f"{result['benchmark']} ({result['n']:,})" if row == 0 else ""
+            table.add_row(
+                label,
+                name.replace("_", " ").removesuffix(" accuracy"),
+                *numbers,
+                end_section=row == len(result["scores"]) - 1,
+            )
+    return table

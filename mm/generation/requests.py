@@ -1,0 +1,144 @@
+"""From what a caller asks to what the decoding loop reads: checks, encoded prompts, seeds, batches of like length."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from mm.datasets.chat_template import ChatTemplate
+from mm.datasets.processor import Encoded, Processor
+from mm.tokenizers.text import TextTokenizer
+from mm.types import MediaSpec, Sample
+
+
+class GenerativeModel(Protocol):
+    """What decoding needs of a model (`mm.model.MultimodalModel` is one).
+
+    Called with a `batch`, or with `input_ids` and `attention_mask` (B, T), and a new `cache`, it returns an object with
+    `hidden` (B, T, D), `head` (D -> V) and `sequence.mask` (B, T), padded on the right. `step(ids (B,), cache)` returns
+    the logits (B, V) that follow `ids`. `cache.keep(rows)` drops all other rows.
+    """
+
+    @property
+    def tokenizer(self) -> TextTokenizer: ...
+    @property
+    def template(self) -> ChatTemplate: ...
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def training(self) -> bool: ...
+    def media_specs(self) -> dict[Any, MediaSpec]: ...
+    def new_cache(self) -> Any: ...
+    def step(self, ids: Tensor, cache: Any) -> Tensor: ...
+    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+
+@dataclass
+class Request:
+    """A prompt to be continued: its place in the caller's list, its tokens and media, its own random numbers."""
+
+    index: int
+    name: str
+    encoded: Encoded
+    generator: torch.Generator
+
+
+def check_model(model: GenerativeModel) -> None:
+    """Raises ValueError for a model in training mode: its dropout would make answers random without saying so."""
+    if model.training:
+        raise ValueError("the model is in training mode; call model.eval() before generating")
+
+
+def check_at_least_one(**arguments: int | None) -> None:
+    """Raises ValueError naming the first argument that is given and below 1."""
+    for name, value in arguments.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name}={value}: give a whole number from 1 up")
+
+
+def stop_ids(model: GenerativeModel) -> frozenset[int]:
+    """The ids that close the assistant's turn."""
+    return frozenset({model.tokenizer.special(model.template.end)})
+
+
+def encode_requests(
+    model: GenerativeModel,
+    samples: Iterable[Sample],
+    seed: int | Sequence[int],
+    max_new_tokens: int,
+    max_length: int | None,
+) -> Iterator[Request]:
+    """Encodes the samples one by one, as they are asked for: media of a long list are never all in memory.
+
+    Raises ValueError naming the sample: no content, branches, the assistant's turn last, a kind of media that the model
+    does not take, too long a context; MediaError naming the file.
+    """
+    # No length limit: a prompt is never shortened behind the caller's back. Too long is an error instead.
+    processor = Processor(model.tokenizer, model.template, model.media_specs(), max_length=None)
+    for index, sample in enumerate(samples):
+        if not any(message["content"] for message in sample.messages):
+            raise ValueError(f"sample {sample.key}: the prompt is empty; give it a message with text or media")
+        encoded = processor.encode(sample, generation_prompt=True)
+        if max_length is not None and encoded.length + max_new_tokens > max_length:
+            raise ValueError(
+                f"sample {sample.key}: a prompt of {encoded.length} positions and max_new_tokens={max_new_tokens} "
+                f"exceed the context of {max_length}; shorten the chat, its media or the answer"
+            )
+        yield Request(index, f"sample {sample.key}", encoded, request_generator(seed, index, sample.key))
+
+
+def request_generator(seed: int | Sequence[int], index: int, key: str) -> torch.Generator:
+    """The random numbers of one request: from a common seed and the request's key, or from its own, `seed[index]`."""
+    if isinstance(seed, int):
+        # Mixed with the key: with one seed for all, every request would draw the same numbers, and a batch would be
+        # lucky or unlucky together. Python's own hash() differs from run to run.
+        own = int.from_bytes(hashlib.blake2b(f"{seed}:{key}".encode(), digest_size=8).digest())
+    elif index < len(seed):
+        own = seed[index]
+    else:
+        raise ValueError(f"seed: {len(seed)} numbers given, but request {index} (from 0) needs one too")
+    return torch.Generator().manual_seed(own)
+
+
+def batches(
+    requests: list[Request], batch_size: int, batch_tokens: int, max_new_tokens: int
+) -> Iterator[list[Request]]:
+    """Requests by length, longest first, cut so that rows x (longest prompt + answer) stays within `batch_tokens`.
+
+    A request larger than the budget goes alone. Longest first, so that running out of memory happens at the start.
+    """
+    batch: list[Request] = []
+    for request in sorted(requests, key=lambda request: (-request.encoded.length, request.index)):
+        width = (batch[0] if batch else request).encoded.length + max_new_tokens
+        if batch and (len(batch) == batch_size or (len(batch) + 1) * width > batch_tokens):
+            yield batch
+            batch = []
+        batch.append(request)
+    if batch:
+        yield batch
+
+
+def pad_right(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Moves the real tokens of each row (B, T) to its left: (B, T') int64 ids, 0 at padding, and (B, T') bool mask.
+
+    Raises ValueError for shapes that do not fit and, naming it, for a row without a real token.
+    """
+    if input_ids.dim() != 2:
+        raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; give (rows, tokens)")
+    mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    if mask.shape != input_ids.shape:
+        raise ValueError(f"attention_mask has shape {tuple(mask.shape)}, input_ids {tuple(input_ids.shape)}")
+    rows = [ids[real] for ids, real in zip(input_ids, mask, strict=True)]
+    if not rows:
+        raise ValueError("input_ids has no rows")
+    for index, row in enumerate(rows):
+        if not len(row):
+            raise ValueError(f"row {index} of input_ids is empty; a prompt needs at least one token")
+    lengths = torch.tensor([len(row) for row in rows], device=input_ids.device)
+    padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    return padded, torch.arange(padded.shape[1], device=input_ids.device) < lengths[:, None]

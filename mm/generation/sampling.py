@@ -1,0 +1,117 @@
+"""From logits to a token: filters as pure functions, and a draw that a request's own random numbers decide.
+
+`B` rows, `V` vocabulary. A filter takes logits (B, V) float32 and returns them with the tokens it forbids at -inf; it
+never forbids the likeliest. The order is that of transformers: temperature, top-k, top-p, min-p.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+INVALID = -1  # stands for the token of a row whose logits are no numbers; no vocabulary has it
+
+
+def scale_temperature(logits: Tensor, temperature: float) -> Tensor:
+    """logits / temperature, for a temperature above 0 (0 means greedy, which `Sampler` decides).
+
+    Raises ValueError for a temperature that is not finite and above 0.
+    """
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise ValueError(f"temperature={temperature}: scaling needs a finite number above 0")
+    return logits / temperature
+
+
+def filter_top_k(logits: Tensor, top_k: int) -> Tensor:
+    """Keeps the `top_k` largest logits of each row, and those equal to the last of them. Raises ValueError below 1."""
+    if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1:
+        raise ValueError(f"top_k={top_k}: give a whole number of tokens from 1 up, or None to keep all")
+    smallest_kept = logits.topk(min(top_k, logits.shape[-1]), dim=-1).values[..., -1:]
+    return logits.masked_fill(logits < smallest_kept, -math.inf)
+
+
+def filter_top_p(logits: Tensor, top_p: float) -> Tensor:
+    """Nucleus sampling (Holtzman et al. 2020): keeps the fewest likeliest tokens with probability `top_p` together.
+
+    Raises ValueError outside (0, 1].
+    """
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p={top_p}: give a probability above 0 and at most 1, or None to keep all")
+    # Ascending, so that the sum over the unlikely tail is a sum of small numbers: no digits are lost where it matters.
+    ascending, order = logits.sort(dim=-1)
+    forbidden = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - top_p
+    forbidden[..., -1] = False
+    return logits.masked_fill(torch.zeros_like(forbidden).scatter(-1, order, forbidden), -math.inf)
+
+
+def filter_min_p(logits: Tensor, min_p: float) -> Tensor:
+    """Keeps tokens at least `min_p` times as likely as the likeliest (Nguyen et al. 2024). Raises outside [0, 1]."""
+    if not 0 <= min_p <= 1:
+        raise ValueError(f"min_p={min_p}: give a number from 0 to 1, or None to keep all")
+    probabilities = logits.softmax(dim=-1)
+    forbidden = probabilities < min_p * probabilities.amax(dim=-1, keepdim=True)
+    return logits.masked_fill(forbidden, -math.inf)
+
+
+def draw(logits: Tensor, uniforms: Tensor) -> Tensor:
+    """(B,) int64: a token of each row of logits (B, V), the distribution inverted at uniforms (B,) float64 in [0, 1).
+
+    One number a row decides, so that a row's token does not depend on the other rows. A token at -inf is never drawn.
+    """
+    # In float64 the rounding of V additions stays far below the probability of any token worth drawing.
+    cumulative = logits.double().softmax(dim=-1).cumsum(dim=-1)
+    threshold = uniforms.to(cumulative.device)[:, None] * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How a token is chosen: `temperature` 0 takes the likeliest (the first of equals); above 0 it is drawn from what
+    the filters leave. None switches a filter off.
+
+    Raises ValueError at construction for a nonsense value, naming the argument.
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise ValueError(f"temperature={self.temperature}: give 0 (greedy) or a finite number above it")
+        self.filter(torch.zeros(1, 1))  # the filters know which values make sense
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+    def filter(self, logits: Tensor) -> Tensor:
+        """(B, V) -> (B, V): the logits of the distribution that `draw` draws from (greedy: unscaled)."""
+        if not self.greedy:
+            logits = scale_temperature(logits, self.temperature)
+        if self.top_k is not None:
+            logits = filter_top_k(logits, self.top_k)
+        if self.top_p is not None:
+            logits = filter_top_p(logits, self.top_p)
+        if self.min_p is not None:
+            logits = filter_min_p(logits, self.min_p)
+        return logits
+
+    def choose(self, logits: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+        """(B,) int64: the next token of each row of logits (B, V) float32, `INVALID` where a row is no distribution.
+
+        Drawing takes one number from each row's generator (on the CPU, so that a seed means the same on any device).
+        """
+        # NaN and +inf anywhere reach the maximum, and so does a row of -inf alone: one pass finds them all.
+        valid = logits.amax(dim=-1).isfinite()
+        if self.greedy:
+            ids = logits.argmax(dim=-1)
+        else:
+            uniforms = torch.stack([torch.rand((), generator=g, dtype=torch.float64) for g in generators])
+            ids = draw(self.filter(logits.masked_fill(~valid[:, None], 0.0)), uniforms)
+        return ids.masked_fill(~valid, INVALID)

@@ -1,0 +1,244 @@
+"""The model, top to bottom as a sample goes: media tokens -> encoder -> bridge -> splice -> decoder -> logits.
+
+Shape legend: `B` rows, `T` positions, `D` width, `V` vocabulary, `M` media items, `N` tokens of an item.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mm.datasets.chat_template import ChatTemplate
+from mm.decoder.cache import Cache
+from mm.decoder.decoder import Decoder
+from mm.fusion.splice import Features, splice
+from mm.tokenizers.text import TextTokenizer
+from mm.types import (
+    IGNORE,
+    KINDS,
+    SLOT_IDS,
+    Batch,
+    BridgeFactory,
+    EncoderFactory,
+    MediaSpec,
+    MediaTokenizer,
+    Routing,
+    Sequence,
+    Tokens,
+)
+
+
+@dataclass
+class TowerConfig:
+    """One kind of media: how it is tokenized, encoded and bridged. `encoder_of` shares another kind's encoder instead."""
+
+    tokenizer: MediaTokenizer
+    bridge: BridgeFactory
+    encoder: EncoderFactory | None = None
+    encoder_of: str | None = None
+
+
+class EmbeddingHead(nn.Module):
+    """One vector per text and per media item, in a shared space of `dim`: (n, D) means -> (n, dim), unit length.
+
+    Used by contrastive alignment and for retrieval. `log_scale` and `shift` are the similarity's learned temperature
+    (CLIP, arXiv 2103.00020) and offset (SigLIP, arXiv 2303.15343).
+    """
+
+    def __init__(self, width: int, dim: int = 128, initial_scale: float = 10.0, initial_shift: float = -10.0) -> None:
+        super().__init__()
+        self.text = nn.Linear(width, dim, bias=False)
+        self.media = nn.Linear(width, dim, bias=False)
+        self.log_scale = nn.Parameter(torch.tensor(initial_scale).log())
+        self.shift = nn.Parameter(torch.tensor(initial_shift))
+
+    def embed_media(self, features: Features) -> Tensor:
+        """(M, dim): the projected mean of each item's unpadded features."""
+        weight = features.tokens.mask[..., None].to(features.tokens.values.dtype)
+        mean = (features.tokens.values * weight).sum(1) / weight.sum(1).clamp(min=1)
+        return F.normalize(self.media(mean).float(), dim=-1)
+
+    def embed_text(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        """hidden (B, T, D), mask (B, T) bool -> (B, dim): the projected mean of each row's unpadded states."""
+        weight = mask[..., None].to(hidden.dtype)
+        return F.normalize(self.text((hidden * weight).sum(1) / weight.sum(1).clamp(min=1)).float(), dim=-1)
+
+
+class Tower(nn.Module):
+    """Tokens of one kind (M, N, F) -> Features (M, N', D)."""
+
+    def __init__(self, kind: str, config: TowerConfig, width: int, encoders: dict[str, nn.Module]) -> None:
+        super().__init__()
+        self.tokenizer = config.tokenizer
+        if (config.encoder is None) == (config.encoder_of is None):
+            raise ValueError(f"towers.{kind}: give either encoder or encoder_of")
+        if config.encoder_of is not None and config.encoder_of not in encoders:
+            raise ValueError(f"towers.{kind}.encoder_of names {config.encoder_of!r}; a tower above it must have that name")
+        self.owns_encoder = config.encoder is not None
+        encoder: Any = config.encoder(self.tokenizer.dim) if config.encoder else encoders[str(config.encoder_of)]
+        self.encoder = encoder
+        self.bridge: Any = config.bridge(encoder.out_dim, width)
+
+    def spec(self) -> MediaSpec:
+        return MediaSpec(self.tokenizer, (self.encoder.reduction, self.bridge.reduction), self.bridge.inline)
+
+    def forward(self, tokens: Tokens) -> Features:
+        return Features(self.bridge(self.encoder(tokens)), self.bridge.inline)
+
+    def no_tokens(self, device: torch.device) -> Tokens:
+        """Zero items: what a batch without this kind sends down the same path."""
+        return Tokens(
+            torch.zeros(0, 1, self.tokenizer.dim, device=device),
+            torch.zeros(0, 1, 3, dtype=torch.long, device=device),
+            torch.zeros(0, 1, dtype=torch.bool, device=device),
+            torch.ones(0, 3, dtype=torch.long, device=device),
+        )
+
+
+@dataclass
+class ModelOutput:
+    """hidden (B, T, D) after the final norm; one Routing or None per layer; the Sequence that was read.
+
+    `logits` (B, T, V) float32 are computed when first asked for: training asks only for supervised positions.
+    """
+
+    hidden: Tensor
+    routings: list[Routing | None]
+    sequence: Sequence
+    head: nn.Linear
+
+    @cached_property
+    def logits(self) -> Tensor:
+        return self.head(self.hidden).float()
+
+
+class MultimodalModel(nn.Module):
+    """Text tokenizer, one tower per kind of media, and one decoder.
+
+    `tokenizer` is a path that TextTokenizer.load takes, or a tokenizer; `towers` maps image, audio, video to their
+    parts. The decoder's width and the tokenizers' widths are read from the parts: no width is configured twice.
+    """
+
+    def __init__(
+        self,
+        tokenizer: str | TextTokenizer,
+        decoder: Decoder,
+        towers: dict[str, TowerConfig] | None = None,
+        template: ChatTemplate = ChatTemplate(),
+        embedding_dim: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.tokenizer = TextTokenizer.load(tokenizer) if isinstance(tokenizer, str) else tokenizer
+        self.template = template
+        self.decoder = decoder
+        if not hasattr(decoder, "embed"):
+            decoder.set_vocabulary(self.tokenizer.vocab_size)
+        elif decoder.vocab_size < self.tokenizer.vocab_size:
+            raise ValueError(f"decoder.vocab_size {decoder.vocab_size} is below the tokenizer's {self.tokenizer.vocab_size}")
+        self.slots = nn.Embedding(len(KINDS), decoder.width)
+        nn.init.normal_(self.slots.weight, std=0.02)
+        self.towers = nn.ModuleDict()
+        encoders: dict[str, nn.Module] = {}
+        for kind, config in (towers or {}).items():
+            if kind not in KINDS:
+                raise ValueError(f"towers has {kind!r}; the kinds are {', '.join(KINDS)}")
+            tower = Tower(kind, config, decoder.width, encoders)
+            self.towers[kind], encoders[kind] = tower, tower.encoder
+        if any(not spec.inline for spec in self.media_specs().values()):
+            decoder.add_cross_attention()
+        self.config: dict[str, Any] | None = None  # the class_path/init_args tree that made this model, for checkpoints
+        self.embedding_head = EmbeddingHead(decoder.width, embedding_dim) if embedding_dim else None
+
+    @property
+    def device(self) -> torch.device:
+        return self.decoder.embed.weight.device
+
+    def media_specs(self) -> dict[str, MediaSpec]:
+        """What the data side needs to make and count each kind of media."""
+        return {kind: tower.spec() for kind, tower in self.towers.items()}  # type: ignore[operator, misc]
+
+    def encode_media(self, batch: Batch) -> dict[str, Features]:
+        """Every tower's features; towers without an item run on none, so that all ranks take the same path."""
+        for kind in batch.media:
+            if kind not in self.towers:
+                raise ValueError(f"{batch.media[kind].names[0]}: this model reads {', '.join(self.towers) or 'text only'}, not {kind}")
+        return {
+            kind: tower(batch.media[kind].tokens if kind in batch.media else tower.no_tokens(self.device))  # type: ignore[operator]
+            for kind, tower in self.towers.items()
+        }
+
+    def forward(
+        self,
+        batch: Batch | None = None,
+        *,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        cache: Cache | None = None,
+        features: dict[str, Features] | None = None,
+    ) -> ModelOutput:
+        """A Batch, or text alone as input_ids (B, T) int64 with attention_mask (B, T), 0 at padding on either side.
+
+        `features` are the batch's encoded media where the caller has them already.
+        """
+        if batch is None:
+            if input_ids is None:
+                raise ValueError("MultimodalModel.forward needs a batch or input_ids")
+            batch = text_batch(input_ids, attention_mask)
+        features = self.encode_media(batch) if features is None else features
+        sequence = splice(batch, self.decoder.embed, features, self.slots)
+        hidden, routings = self.decoder(sequence, cache)
+        if cache is not None:
+            self._note_next(sequence, cache)
+        return ModelOutput(hidden, routings, sequence, self.decoder.head)
+
+    def new_cache(self) -> Cache:
+        return self.decoder.new_cache()
+
+    def step(self, ids: Tensor, cache: Cache) -> Tensor:
+        """One more token per row, ids (B,), after a forward pass with this cache -> logits (B, V) float32."""
+        assert cache.next_index is not None and cache.next_position is not None
+        ones = torch.ones_like(ids)[:, None]
+        sequence = Sequence(
+            embeddings=self.decoder.embed(ids)[:, None],
+            index=cache.next_index[:, None],
+            positions=cache.next_position[:, None, None].expand(-1, 1, 3),
+            document_ids=ones,
+            branch_ids=torch.zeros_like(ones),
+            modality_ids=torch.zeros_like(ones),
+            labels=torch.full_like(ones, IGNORE),
+            predecessor=ones - 2,
+            cross=cache.cross,
+        )
+        hidden, _ = self.decoder(sequence, cache)
+        cache.next_index, cache.next_position = cache.next_index + 1, cache.next_position + 1
+        return self.decoder.head(hidden[:, 0]).float()
+
+    def _note_next(self, sequence: Sequence, cache: Cache) -> None:
+        """Where generation goes on: after the last real position of each row (one document, no branches)."""
+        if bool((sequence.document_ids > 1).any()) or bool(sequence.branch_ids.any()):
+            raise ValueError("a batch to be continued must hold one sample a row, without branches")
+        cache.next_index = sequence.index.amax(1) + 1
+        cache.next_position = sequence.positions.amax((1, 2)) + 1
+        cache.cross = sequence.cross
+
+    def generate(self, *args: Any, **options: Any) -> Tensor:
+        """See mm.generation.engine.generate_ids: greedy or sampled continuation of input_ids (B, T) -> (B, <=N)."""
+        from mm.generation.engine import generate_ids  # the one import upward: a model can speak without its caller knowing how
+
+        return generate_ids(self, *args, **options)
+
+
+def text_batch(input_ids: Tensor, attention_mask: Tensor | None = None) -> Batch:
+    """One text document a row. attention_mask (B, T), 0 at padding."""
+    if bool((input_ids < 0).any()):
+        bad = int(input_ids.min())
+        slots = {v: k for k, v in SLOT_IDS.items()}
+        raise ValueError(f"input_ids holds {bad}" + (f" (the slot of {slots[bad]})" if bad in slots else "") + "; text ids start at 0")
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
+    ignored = torch.full_like(input_ids, IGNORE)
+    return Batch(input_ids, ignored, mask, torch.zeros_like(input_ids))

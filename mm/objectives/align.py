@@ -1,0 +1,112 @@
+"""Alignment: media and their texts are drawn together in one space, and media are captioned.
+
+Shape legend: `P` pairs (one media item and one text each), `E` embedding dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+import torch.distributed.nn.functional as dist_nn
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from mm.decoder.ffn.balance import Balance
+from mm.fusion.splice import Features
+from mm.model import EmbeddingHead, MultimodalModel
+from mm.objectives.base import Loss, next_token_loss
+from mm.types import IGNORE, Batch
+
+
+class Align:
+    """Contrastive and captioning loss over samples that are one media item and one assistant text.
+
+    `contrastive`: infonce (CLIP, arXiv 2103.00020) or sigmoid (SigLIP, arXiv 2303.15343), over all ranks' pairs; pairs
+    with the same text count as matches of one another. `captioning` weighs the next-token loss of the text
+    given the media. Freeze the decoder in the stage's config for LLaVA-style bridge training.
+    """
+
+    def __init__(
+        self,
+        contrastive: Literal["infonce", "sigmoid", "none"] = "infonce",
+        captioning: float = 1.0,
+        balance: Balance | None = None,
+    ) -> None:
+        self.contrastive, self.captioning, self.balance = contrastive, captioning, balance or Balance()
+
+    def __call__(self, model: MultimodalModel, batch: Batch) -> Loss:
+        features = model.encode_media(batch)
+        output = model(batch, features=features)
+        caption, tokens, right = next_token_loss(output)
+        tokens = tokens.clamp(min=1)
+        terms = self.balance.losses([routing for routing in output.routings if routing is not None])
+        parts = {"caption": caption.detach() / tokens, "accuracy": right / tokens}
+        mean = self.captioning * caption / tokens + sum(terms.values())
+        if self.contrastive != "none":
+            media, text, ids = embed_pairs(model, batch, features)
+            loss = contrastive_loss(head_of(model), media, text, ids, self.contrastive)
+            mean, parts["contrastive"] = mean + loss, loss.detach()
+        pairs = torch.tensor(float(sum(len(media.rows) for media in batch.media.values())), device=caption.device)
+        return Loss(mean * pairs, pairs, parts | {name: term.detach() for name, term in terms.items()}, output)
+
+
+def head_of(model: MultimodalModel) -> EmbeddingHead:
+    if model.embedding_head is None:
+        raise ValueError("contrastive alignment needs the model's embedding_dim to be set")
+    return model.embedding_head
+
+
+def embed_pairs(model: MultimodalModel, batch: Batch, features: Mapping[str, Features]) -> tuple[Tensor, Tensor, Tensor]:
+    """Media (P, E) and text (P, E) unit vectors, and the padded text ids (P, T) that say which texts are the same.
+
+    A pair is a media item and the supervised tokens of its document.
+    """
+    head = head_of(model)
+    media, texts = [], []
+    for kind, items in batch.media.items():
+        media.append(head.embed_media(features[kind]))
+        documents = batch.document_ids[items.rows, items.columns]
+        for row, document in zip(items.rows.tolist(), documents.tolist(), strict=True):
+            labels = batch.labels[row]
+            texts.append(labels[(batch.document_ids[row] == document) & (labels != IGNORE)])
+    if not texts:
+        raise ValueError("a batch for contrastive alignment needs samples with one media item and an assistant text each")
+    ids = pad_sequence(texts, batch_first=True, padding_value=IGNORE)
+    mask = ids != IGNORE
+    hidden = model(input_ids=ids.masked_fill(~mask, 0), attention_mask=mask).hidden
+    return torch.cat(media), head.embed_text(hidden, mask), ids
+
+
+def contrastive_loss(head: EmbeddingHead, media: Tensor, text: Tensor, ids: Tensor, kind: Literal["infonce", "sigmoid"]) -> Tensor:
+    """Mean loss over pairs, against the texts and media of every rank."""
+    media, text, ids = gather(media), gather(text), gather_ids(ids)
+    match = (ids[:, None] == ids[None]).all(-1)
+    logits = head.log_scale.clamp(max=4.6052).exp() * media @ text.T  # at most 100, as CLIP
+    if kind == "sigmoid":
+        sign = match.float() * 2 - 1
+        return -F.logsigmoid(sign * (logits + head.shift)).sum() / len(media)
+    target = match.float() / match.sum(-1, keepdim=True)  # symmetric, so it serves both directions
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+def gather(x: Tensor) -> Tensor:
+    """(P, E) of this rank -> (ranks * P, E), with gradients."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return x
+    return torch.cat(dist_nn.all_gather(x))
+
+
+def gather_ids(ids: Tensor) -> Tensor:
+    """(P, T) of this rank, T differing -> (ranks * P, longest T)."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return ids
+    longest = torch.tensor(ids.shape[1], device=ids.device)
+    dist.all_reduce(longest, dist.ReduceOp.MAX)
+    ids = F.pad(ids, (0, int(longest) - ids.shape[1]), value=IGNORE)
+    parts = [torch.empty_like(ids) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, ids)
+    return torch.cat(parts)

@@ -1,0 +1,175 @@
+"""`mm fit | validate | test | predict`: Lightning's command line over the project's configs.
+
+    mm fit --config configs/demo/instruct.yaml --trainer.max_steps 100
+
+`model` is any LightningModule, `data` any LightningDataModule (a module may bring its own loaders instead).
+Threads, precision and devices are as the config says; nothing is changed behind it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import re
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from jsonargparse import ActionConfigFile  # pyright: ignore[reportPrivateImportUsage]
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from typing_extensions import override
+
+import mm
+from mm.allowlist import ALLOWED, allow_imports
+
+SUBCOMMANDS = ("fit", "validate", "test", "predict")
+SEED = 0
+
+
+class ConfigError(ValueError):
+    """A config or an option that does not fit: the message names the file, the key and the reason."""
+
+
+class ConfigFile(ActionConfigFile):
+    """Says in an error which of several `--config` files it came from."""
+
+    @override
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
+        try:
+            super().__call__(parser, cfg, values, option_string)
+        except (argparse.ArgumentError, TypeError) as error:  # jsonargparse raises either
+            raise ConfigError(f"{values}: {shorten(getattr(error, 'message', str(error)))}") from error
+
+
+class SaveConfig(SaveConfigCallback):
+    """Writes the parsed config into the logger's folder: `config.yaml` by `mm fit`, and `config-test.yaml` (-validate,
+    -predict) by the others, so that scoring a run in its own folder leaves the config that trained it."""
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        folder = trainer.log_dir  # a collective: asked on every rank
+        if trainer.loggers and folder and trainer.is_global_zero:
+            path = Path(folder) / ("config.yaml" if stage == "fit" else "config-" + stage + ".yaml")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(self.parser.dump(self.config, skip_unset=False), encoding="utf-8")
+
+
+class MultimodalCLI(LightningCLI):
+    """LightningCLI with errors that are short, and a model that knows its own config (so that checkpoints carry it)."""
+
+    @override
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        header = [f"mm=={mm.__version__}", f"torch=={torch.__version__}"]
+        parser = self.parser_class(**kwargs, exit_on_error=False, dump_header=header)
+        parser.add_argument("-c", "--config", action=ConfigFile, help="A YAML file; later ones override earlier ones.")
+        return parser
+
+    @override
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        self.config = parser.parse_args(args)
+
+    @override
+    def after_instantiate_classes(self) -> None:
+        """`model.model_config`: the plain dict that rebuilds the network, if the config spells it out (and does not
+        name a checkpoint, which carries its own)."""
+        config = yaml.safe_load(self.parser.dump(self.config, skip_unset=False))[self.subcommand]
+        network = config["model"].get("init_args", {}).get("model")
+        if isinstance(network, dict):
+            self.model.model_config = network
+
+    @override
+    def _run_subcommand(self, subcommand: str) -> None:
+        try:
+            super()._run_subcommand(subcommand)
+        except SystemExit:  # Lightning ends the process with 1 after Ctrl-C; say what it was
+            if self.trainer.interrupted:
+                raise KeyboardInterrupt from None
+            raise
+
+
+def main(argv: Sequence[str]) -> None:
+    """Runs `argv[0]` (fit, validate, test, predict) with its options. Raises ConfigError for what a user can mend."""
+    args, allowed = _take_allow_import(list(argv))
+    allow_imports(allowed)
+    _quieten()
+    try:
+        MultimodalCLI(
+            args=args,
+            parser_kwargs={"prog": "mm", **{name: {"epilog": _EPILOG} for name in SUBCOMMANDS}},
+            save_config_callback=SaveConfig,
+            seed_everything_default=SEED,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+        )
+    except argparse.ArgumentError as error:
+        raise ConfigError(shorten(error.message)) from error
+    except MisconfigurationException as error:
+        raise ConfigError(str(error)) from error
+
+
+_EPILOG = (
+    f"class_path may name {', '.join(ALLOWED)} only; --allow-import NAME (repeatable) adds a package that you trust. "
+    "It is an option of the command line alone: no config can allow itself."
+)
+_NOISE = re.compile(r"Does not validate against|Subtypes:|Errors:|Given value|Problem with given class_path")
+_KEY = re.compile(r'Parser key "([^"]+)":\s*(.*)')
+_CALLABLE = re.compile(r"Type \S*Callable.* expects a function or a callable class: ")
+_DENIED = re.compile(r"Importing '([\w.]+)' is not allowed")
+
+
+def shorten(message: str) -> str:
+    """jsonargparse's report as one line: the path of keys, and the reason of the branch that got furthest.
+
+    It reports a nested error once per alternative of every type on the way, as an indented tree; the deepest leaf is
+    what the user wrote wrong, and the others say that it is not None, or not a string.
+    """
+    keys: list[tuple[int, str]] = []
+    leaves: list[tuple[int, str]] = []
+    lines = message.splitlines()
+    if not any(_KEY.search(line) for line in lines):
+        return _reason(" ".join(line.strip() for line in lines if not _NOISE.search(line)))
+    for line in lines:
+        text = line.lstrip(" -")
+        indent = len(line) - len(text)
+        text = _CALLABLE.sub("", text)
+        keys = [(depth, key) for depth, key in keys if depth < indent]
+        if match := _KEY.match(text):
+            keys.append((indent, match[1]))
+            text = match[2]
+        if text and not _NOISE.match(text):
+            leaves.append((indent, f"{'.'.join(key for _, key in keys)}: {_reason(text)}"))
+    return max(leaves, key=lambda leaf: leaf[0])[1]
+
+
+def _reason(text: str) -> str:
+    if match := _DENIED.search(text):
+        package = match[1].split(".")[0]
+        if package in ALLOWED:
+            return f"class_path {match[1]!r} is refused: it can load code or start processes"
+        return (
+            f"class_path {match[1]!r} is refused: configs may name {', '.join(ALLOWED)} only "
+            f"(if you trust it: --allow-import {package})"
+        )
+    text = re.sub(r"\.*\s*Got value: Namespace\(.*", "", text)
+    text = re.sub(r"<class '([\w.]+)'>|typing\.(?=\w)", r"\1", text)
+    return text.replace("required: fit.model", "required: model (give --config FILE)")
+
+
+def _take_allow_import(args: list[str]) -> tuple[list[str], list[str]]:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--allow-import", action="append", default=[], metavar="NAME")
+    known, rest = parser.parse_known_args(args)
+    return rest, known.allow_import
+
+
+def _quieten() -> None:
+    """Drops what says nothing about the run: Lightning's advertisements, and its own use of deprecated names."""
+    log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    log.addFilter(lambda record: "litlogger" not in record.getMessage() and "litmodels" not in record.getMessage())
+    for name in ("LeafSpec", "instantiate_classes", "JSONARGPARSE_DEPRECATION_WARNINGS"):
+        warnings.filterwarnings("ignore", message=rf"[\s\S]*{name}")

@@ -1,0 +1,67 @@
+"""AdamW with decay on matrices only, and a warm-up + cosine learning rate."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+
+
+@dataclass
+class OptimConfig:
+    """`warmup` is a share of all steps if below 1, else a number of steps; the rate ends at `final` times `lr`."""
+
+    lr: float = 1e-3
+    weight_decay: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
+    warmup: float = 0.05
+    final: float = 0.1
+
+    def optimizer(self, module: nn.Module) -> AdamW:
+        """Fused AdamW (the fastest on CPU and GPU): matrices decay; biases, norms, gates and scales do not."""
+        trained = [p for p in module.parameters() if p.requires_grad]
+        if not trained:
+            raise ValueError("nothing to train: every parameter is frozen; check the stage's `train` patterns")
+        groups = [
+            {"params": [p for p in trained if p.ndim >= 2], "weight_decay": self.weight_decay},
+            {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        return AdamW([group for group in groups if group["params"]], lr=self.lr, betas=self.betas, fused=True)
+
+    def scheduler(self, optimizer: torch.optim.Optimizer, steps: int) -> LambdaLR:
+        warmup = max(1, round(self.warmup * steps if self.warmup < 1 else self.warmup))
+
+        def rate(step: int) -> float:
+            if step < warmup:
+                return (step + 1) / warmup
+            done = min(1.0, (step - warmup) / max(1, steps - warmup))
+            return self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * done))
+
+        return LambdaLR(optimizer, rate)
+
+
+def freeze_all_but(module: nn.Module, patterns: Iterable[str]) -> list[str]:
+    """Trains only parameters whose dotted name starts with one of `patterns` ("towers.image.bridge"); returns their names.
+
+    Raises ValueError naming a pattern that matches nothing.
+    """
+    patterns = list(patterns)
+    names = [name for name, _ in module.named_parameters()]
+    for pattern in patterns:
+        if not any(_starts(name, pattern) for name in names):
+            raise ValueError(f"train: {pattern!r} matches no parameter; the top-level parts are {', '.join(sorted({n.split('.')[0] for n in names}))}")
+    trained = []
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(any(_starts(name, pattern) for pattern in patterns))
+        if parameter.requires_grad:
+            trained.append(name)
+    return trained
+
+
+def _starts(name: str, pattern: str) -> bool:
+    return pattern == "all" or name == pattern or name.startswith(pattern + ".")

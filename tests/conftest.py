@@ -1,0 +1,37 @@
+"""What holds for every test: no network, one thread, a fixed seed."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: tests are small, and runners share their cores
+os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
+
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import hypothesis
+import pytest
+import torch
+
+# Shared cores make single examples slow now and then, which says nothing about the code.
+hypothesis.settings.register_profile("mm", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("mm")
+
+_connect = socket.socket.connect
+
+
+def _connect_locally(self: socket.socket, address: Any) -> None:
+    """Lets tests talk to themselves (gloo ranks, a server under test) and to nobody else."""
+    if self.family != socket.AF_UNIX and address[0] not in ("localhost", "127.0.0.1", "::1"):
+        raise OSError(f"a test tried to reach {address}: tests run without a network")
+    _connect(self, address)
+
+
+@pytest.fixture(autouse=True)
+def _isolated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(socket.socket, "connect", _connect_locally)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
