@@ -36,6 +36,7 @@ class Command:
 GROUPS: dict[str, dict[str, Command]] = {
     "Data": {
         "shard": Command("mm.datasets.preprocess:main", "turn a source of samples into checked WebDataset shards"),
+        "tokenizer": Command("mm.datasets.vocabulary:main", "train a text tokenizer on shards or text files"),
     },
     "Training": {
         "fit": Command("mm.training.cli:main", "train a stage from a config: align, instruct", pass_name=True),

@@ -6,10 +6,11 @@ Every stage is a command that a user can type; this file runs them in order, tim
 
 from __future__ import annotations
 
-import argparse
 import csv
 import json
+import platform
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -18,28 +19,33 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
+import mm
 from mm.checkpoint import write_atomically
-from mm.datasets.catalog import open_source
+from mm.datasets.source import Source
+from mm.datasets.sources.easy_vqa import EasyVQA
 from mm.datasets.sources.world_audio import AudioWorld
 from mm.datasets.sources.world_video import VideoWorld
-from mm.datasets.source import Source
-from mm.tokenizers.text import TextTokenizer
-from mm.types import Sample
+from mm.types import Media
 
 RUN = Path("runs/demo")
-VOCABULARY = 1500
 SHARDS = {
-    "easy-vqa-train": ["easy_vqa", "--split", "train"],
-    "easy-vqa-captions": ["easy_vqa", "--split", "train", "--set", "captions=true"],
     "openmoji-train": ["openmoji", "--split", "train"],
     "openmoji-test": ["openmoji", "--split", "test"],
+    "easy-vqa-captions": ["easy_vqa", "--split", "train", "--set", "captions=true"],
+    "easy-vqa-train": ["easy_vqa", "--split", "train"],
     "world-audio-train": ["world_audio", "--split", "train", "--set", "n=3000"],
     "world-video-train": ["world_video", "--split", "train", "--set", "n=2500"],
 }
-BENCHMARKS = ("easy_vqa", "world_audio", "world_video")
+# What the chat is asked: one held-out item of each kind, and a question with an exact answer.
+CHAT: dict[str, tuple[Source[Any], str]] = {
+    "image": (EasyVQA("test"), "what color is the shape?"),
+    "audio": (AudioWorld(1, "test"), "how many beeps are there?"),
+    "video": (VideoWorld(1, "test"), "which way does the shape move?"),
+}
 
 
 @dataclass
@@ -47,57 +53,112 @@ class Demo:
     """Runs commands, keeps their times, and stops at the first that fails."""
 
     console: Console
-    options: list[str]
+    fit_options: list[str]
     stages: list[dict[str, Any]] = field(default_factory=list)
 
     def run(self, title: str, *command: str, capture: bool = False) -> str:
-        words = ["mm", *command]
+        line = shlex.join(["mm", *command])
         self.console.rule(f"[bold]{title}", align="left")
-        self.console.print(f"[dim]$ {shlex.join(words)}")
+        self.console.print(f"$ {line}", style="dim", highlight=False)
         start = time.perf_counter()
-        done = subprocess.run([sys.executable, "-m", "mm.cli", *command], text=True, stdout=subprocess.PIPE if capture else None)
+        pipe = subprocess.PIPE if capture else None
+        done = subprocess.run([sys.executable, "-m", "mm.cli", *command], text=True, stdout=pipe)
         if done.returncode:
-            raise SystemExit(f"demo: `{shlex.join(words)}` failed with exit status {done.returncode}")
-        self.stages.append({"name": title, "command": shlex.join(words), "seconds": round(time.perf_counter() - start, 1)})
+            raise SystemExit(f"demo: `{line}` failed with exit status {done.returncode}")
+        self.stages.append({"name": title, "command": line, "seconds": round(time.perf_counter() - start, 1)})
         return (done.stdout or "").strip()
-
-    def step(self, title: str, work: Any) -> None:
-        """A stage that is a function, not a command."""
-        self.console.rule(f"[bold]{title}", align="left")
-        start = time.perf_counter()
-        work()
-        self.stages.append({"name": title, "command": "", "seconds": round(time.perf_counter() - start, 1)})
-
-
-def train_tokenizer() -> None:
-    """Byte-level BPE from the text of the training shards."""
-    def texts() -> Any:
-        for arguments in SHARDS.values():
-            if "test" in arguments:
-                continue
-            yield from (text for sample in _light(arguments) for text in _texts(sample))
-
-    TextTokenizer.train(texts(), VOCABULARY).save(RUN / "tokenizer")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="make demo", description="Shards, two training stages, scores with controls, a chat, a report.")
-    parser.add_argument("options", nargs="*", help="passed to both `mm fit` stages, for example --trainer.accelerator gpu")
-    arguments, more = parser.parse_known_args(argv)
-    demo = Demo(Console(), [*arguments.options, *more])
+    """`argv` goes to both `mm fit` stages: `python -m mm.demo --trainer.accelerator gpu --trainer.precision bf16-mixed`."""
+    demo = Demo(Console(), list(sys.argv[1:] if argv is None else argv))
     start = time.perf_counter()
+    shutil.rmtree(RUN, ignore_errors=True)
     for name, source in SHARDS.items():
-        demo.run(f"Shards: {name}", "shard", *source, "--out", str(RUN / "shards" / name), "--overwrite")
-    demo.step("Text tokenizer", train_tokenizer)
-    demo.run("Alignment", "fit", "--config", "configs/demo/align.yaml", *demo.options)
-    demo.run("Instruction tuning", "fit", "--config", "configs/demo/instruct.yaml", *demo.options)
+        demo.run(f"Shards: {name}", "shard", *source, "--out", str(RUN / "shards" / name))
+    trained_on = [str(RUN / "shards" / name) for name in SHARDS if not name.endswith("test")]
+    demo.run("Text tokenizer", "tokenizer", *trained_on, "--out", str(RUN / "tokenizer"), "--vocab-size", "1500")
+    for title, config in (("Alignment", "align"), ("Instruction tuning", "instruct")):
+        demo.run(title, "fit", "--config", f"configs/demo/{config}.yaml", *demo.fit_options)
     demo.run("Evaluation with controls", "validate", "--config", "configs/demo/evaluate.yaml")
     answers = chat(demo)
-    summary = summarise(demo, answers, time.perf_counter() - start)
+    summary = summarise(demo, answers)
+    summary["seconds.total"] = round(time.perf_counter() - start + summary["seconds.install"], 1)
     write_atomically(RUN / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
     demo.run("Report", "report", str(RUN))
     show(demo.console, summary)
     return 0
+
+
+def chat(demo: Demo) -> list[dict[str, str]]:
+    """One one-shot chat about each kind of media; the files are kept under `runs/demo/media` for the user to try."""
+    answers = []
+    (RUN / "media").mkdir(parents=True, exist_ok=True)
+    for kind, (source, question) in CHAT.items():
+        sample = next(iter(source))
+        media: Media = sample.media[0]
+        file = RUN / "media" / f"{kind}{Path(media.name).suffix}"
+        assert isinstance(media.data, bytes)
+        file.write_bytes(media.data)
+        answer = demo.run(f"Chat: {kind}", "chat", str(RUN / "model"), f"--{kind}", str(file), question, capture=True)
+        demo.console.print(f"{question} -> [bold]{answer}")
+        answers.append({"file": str(file), "question": question, "answer": answer})
+    return answers
+
+
+def summarise(demo: Demo, answers: list[dict[str, str]]) -> dict[str, Any]:
+    """summary.json: fractions by dotted key, then what ran and what was said."""
+    vqa, audio, video = (_result(name) for name in ("easy_vqa", "world_audio", "world_video"))
+    recall = _last_row(RUN / "align/metrics.csv", "val/recall_at_10")
+    controls = vqa["controls"]
+    return {
+        "easy_vqa.accuracy": vqa["scores"]["accuracy"],
+        "easy_vqa.color_shape_accuracy": vqa["scores"]["color_shape_accuracy"],
+        "easy_vqa.question_only": controls["question_only"]["color_shape_accuracy"],
+        "easy_vqa.shuffled_media": controls["shuffled_media"]["color_shape_accuracy"],
+        "audio.accuracy": audio["scores"]["accuracy"],
+        "audio.shuffled_media": audio["controls"]["shuffled_media"]["accuracy"],
+        "video.accuracy": video["scores"]["accuracy"],
+        "video.shuffled_media": video["controls"]["shuffled_media"]["accuracy"],
+        "alignment.recall_at_10": float(recall["val/recall_at_10"]),
+        "alignment.chance_at_10": float(recall["val/chance_at_10"]),
+        "routing.max_over_mean_load": max_over_mean_load(RUN / "instruct/routing.jsonl"),
+        "seconds.install": float(Path(sys.prefix, ".install-seconds").read_text()) if _installed_here() else 0.0,
+        "stages": demo.stages,
+        "chat": answers,
+        "versions": {"mm": mm.__version__, "torch": str(torch.__version__), "python": platform.python_version()},
+    }
+
+
+def max_over_mean_load(routing: Path) -> float:
+    """The worst layer's load imbalance over the last line of a routing.jsonl: all modalities together."""
+    layers = json.loads(routing.read_text().splitlines()[-1])["layers"]
+    loads = [[sum(counts) for counts in zip(*layer["counts"].values(), strict=True)] for layer in layers]
+    return max(max(load) * len(load) / sum(load) for load in loads)
+
+
+def show(console: Console, summary: dict[str, Any]) -> None:
+    table = Table("what", "value", title="make demo")
+    for key, value in summary.items():
+        if isinstance(value, float):
+            table.add_row(key, f"{value:.1f} s" if key.startswith("seconds") else f"{value:.3f}")
+    for said in summary["chat"]:
+        table.add_row(f"{said['question']}  ({said['file']})", said["answer"])
+    console.print(table)
+    console.print(f"report: {RUN / 'report.html'}    chat: mm chat {RUN / 'model'} --image {RUN / 'media/image.png'} ...")
+
+
+def _result(name: str) -> dict[str, Any]:
+    return json.loads((RUN / f"results/{name}.json").read_text())
+
+
+def _last_row(metrics: Path, key: str) -> dict[str, str]:
+    with open(metrics, newline="") as file:
+        return [row for row in csv.DictReader(file) if row.get(key)][-1]
+
+
+def _installed_here() -> bool:
+    return Path(sys.prefix, ".install-seconds").is_file()
 
 
 if __name__ == "__main__":

@@ -230,6 +230,17 @@ def test_checkpoint_path_leaves_model_config_alone(stage: dict, capsys: pytest.C
     assert "model_config: None" in capsys.readouterr().out
 
 
+def test_network_in_a_file_of_its_own(stage: dict, capsys: pytest.CaptureFixture[str]) -> None:
+    """The name is relative to the config, and the model still learns the whole tree."""
+    Path("configs").mkdir()
+    arguments = stage["model"]["init_args"]
+    Path("configs/network.yaml").write_text(yaml.safe_dump(arguments["model"]))
+    arguments["model"] = "network.yaml"
+    Path("configs/stage.yaml").write_text(yaml.safe_dump(stage))
+    assert cli.main(["fit", "--config", "configs/stage.yaml", "--allow-import", "house_parts"]) == 0
+    assert "model_config: {'class_path': 'house_parts.Network', 'init_args': {'width': 3," in capsys.readouterr().out
+
+
 def test_without_a_logger_nothing_is_littered(stage: dict) -> None:
     stage["trainer"]["logger"] = False
     assert run(stage) == 0
