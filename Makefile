@@ -1,4 +1,5 @@
 # make demo    the whole path on this machine: data, two training stages, scores with controls, a chat, a report
+#              (ARGS="--trainer.accelerator gpu --trainer.precision bf16-mixed" trains on a GPU)
 # make test    the default tests with coverage          make lint    ruff and pyright
 # make bench   the measurements of benchmarks/          make clean-demo   removes what `make demo` made
 #
@@ -14,7 +15,7 @@ SECONDS_FILE := $(VENV)/.install-seconds
 .DELETE_ON_ERROR:
 
 demo: venv
-	$(BIN)/python -m mm.demo
+	$(BIN)/python -m mm.demo $(ARGS)
 
 test: venv
 	$(BIN)/python -m pytest --cov --cov-report=term

@@ -13,11 +13,16 @@ from mm.types import Sample
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="mm tokenizer", description="Trains a byte-level BPE tokenizer on the messages of shards, or on text files."
+        prog="mm tokenizer",
+        description="Trains a byte-level BPE tokenizer on the messages of shards, or on text files.",
     )
-    parser.add_argument("sources", nargs="+", type=Path, metavar="SOURCE", help="a folder of shards, or a UTF-8 text file")
+    parser.add_argument(
+        "sources", nargs="+", type=Path, metavar="SOURCE", help="a folder of shards, or a UTF-8 text file"
+    )
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for tokenizer.json")
-    parser.add_argument("--vocab-size", type=int, default=32_000, metavar="N", help="at most so many entries (%(default)s)")
+    parser.add_argument(
+        "--vocab-size", type=int, default=32_000, metavar="N", help="at most so many entries (%(default)s)"
+    )
     arguments = parser.parse_args(argv)
     tokenizer = TextTokenizer.train(texts(arguments.sources), arguments.vocab_size)
     tokenizer.save(arguments.out)
@@ -26,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def texts(sources: Iterable[Path]) -> Iterator[str]:
-    """Every text of every source, in order. Raises ValueError naming a source that is neither shards nor a text file."""
+    """Every text of every source, in order. Raises ValueError naming a source that is neither shards nor a file."""
     for source in sources:
         if (source / MANIFEST).is_file():
             for sample in ShardDataset(source):

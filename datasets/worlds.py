@@ -51,6 +51,7 @@ class World(Source[tuple[int, int | None]]):
         split: "train", "validation" or "test"; splits draw from separate streams of the same seed.
         seed: of all randomness, 0 or more.
         branches: one sample a clip with a branch a question; False gives one sample a question (`n * (asked + 1)`).
+        captions: instead of questions, one sample a clip with all attributes as its caption ("pitch rising, ...").
     """
 
     kind: ClassVar[Kind]
@@ -58,7 +59,9 @@ class World(Source[tuple[int, int | None]]):
     attributes: ClassVar[tuple[Attribute, ...]]
     asked: ClassVar[int] = 4
 
-    def __init__(self, n: int, split: Split = "train", seed: int = 0, branches: bool = True) -> None:
+    def __init__(
+        self, n: int, split: Split = "train", seed: int = 0, branches: bool = True, captions: bool = False
+    ) -> None:
         if n < 0:
             raise ValueError(f"{type(self).__name__}: n must be 0 or more, got {n}")
         if split not in SPLITS:
@@ -68,7 +71,8 @@ class World(Source[tuple[int, int | None]]):
         self.n = n
         self.split = split
         self.seed = seed
-        self.branches = branches
+        self.branches = branches or captions
+        self.captions = captions
 
     @abstractmethod
     def render(self, values: dict[str, str], rng: np.random.Generator) -> bytes:
@@ -95,6 +99,11 @@ class World(Source[tuple[int, int | None]]):
         media = [Media(self.kind, self.render(values, draw), f"{clip:06d}{self.suffix}")]
         meta = {"generated": True, "clip": clip, "attributes": values}
         key = f"{self.kind}_world_{self.split}_{self.seed}_{clip:06d}"
+        if self.captions:
+            told = ", ".join(f"{name} {value}" for name, value in values.items())
+            content = [{"type": self.kind, "media": 0}]
+            messages = [{"role": "user", "content": content}, {"role": "assistant", "content": told}]
+            return Sample(f"{key}_caption", messages, media, meta=meta)
         if number is None:
             named = [Question(q.text, q.answer, {"question_types": q.meta["category"]}) for q in questions]
             return branched(key, media, named, meta)

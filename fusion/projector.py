@@ -30,27 +30,37 @@ class MLPProjector(Bridge):
 
     Merging concatenates the features of a cell of neighbours (pixel shuffle of InternVL-1.5, arXiv:2404.16821; 2x2
     merge of Qwen2-VL, arXiv:2409.12191), which quarters the tokens at (1, 2, 2). Where a grid is not divisible the
-    missing neighbours are zeros. `hidden` is the middle width (default: out_dim).
+    missing neighbours are zeros. `hidden` is the middle width (default: out_dim). `norm` puts a LayerNorm before (as
+    InternVL has) and after: an encoder's features share a large common part, which hides what tells them apart from a
+    decoder that learns from scratch.
 
     (M, N, in_dim) -> (M, N', out_dim) with grid' = ceil(grid / shuffle).
     Raises ValueError for a shuffle below 1.
     """
 
     def __init__(
-        self, in_dim: int, out_dim: int, shuffle: tuple[int, int, int] = (1, 1, 1), hidden: int | None = None
+        self,
+        in_dim: int,
+        out_dim: int,
+        shuffle: tuple[int, int, int] = (1, 1, 1),
+        hidden: int | None = None,
+        norm: bool = False,
     ) -> None:
         super().__init__()
         t, h, w = shuffle
         if min(t, h, w) < 1:
             raise ValueError(f"shuffle must be three numbers (t, h, w) of at least 1, got {tuple(shuffle)}")
         self.reduction = Reduction((t, h, w))
-        self.up = nn.Linear(in_dim * t * h * w, hidden or out_dim)
+        merged = in_dim * t * h * w
+        self.norm_in = nn.LayerNorm(merged) if norm else nn.Identity()
+        self.up = nn.Linear(merged, hidden or out_dim)
         self.down = nn.Linear(hidden or out_dim, out_dim)
+        self.norm_out = nn.LayerNorm(out_dim) if norm else nn.Identity()
 
     def forward(self, tokens: Tokens) -> Tokens:
         tokens = merge(tokens, self.reduction)
         x = tokens.values.to(self.up.weight.dtype)
-        return tokens.with_values(self.down(nnf.gelu(self.up(x))))
+        return tokens.with_values(self.norm_out(self.down(nnf.gelu(self.up(self.norm_in(x))))))
 
 
 def merge(tokens: Tokens, reduction: Reduction) -> Tokens:

@@ -23,21 +23,26 @@ class Features:
     inline: bool
 
 
-def splice(batch: Batch, embed: nn.Embedding, features: Mapping[str, Features], slot_embedding: nn.Embedding) -> Sequence:
+def splice(
+    batch: Batch, embed: nn.Embedding, features: Mapping[str, Features], slot_embedding: nn.Embedding
+) -> Sequence:
     """Expands ids, labels, positions, document and branch ids together, and puts the features in.
 
     `slot_embedding` (kinds, D) stands at the slots of media that stay beside the sequence. Raises ValueError naming the
     item and both numbers if a bridge gave another number of tokens than the data side counted.
     """
     real = batch.document_ids > 0
-    lengths = real.long()
+    # Padding takes no place once media expand, so that rows stay short; without media every element keeps its column.
+    lengths = real.long() if batch.media else torch.ones_like(batch.input_ids)
     advance = real.long()
     for kind, media in batch.media.items():
         _check_counts(media, features[kind])
         if features[kind].inline:
             tokens = features[kind].tokens
             lengths = lengths.index_put((media.rows, media.columns), media.lengths)
-            extent = (tokens.positions.amax(-1).masked_fill(~tokens.mask, 0).amax(-1) + 1) if len(tokens) else media.lengths
+            extent = (
+                (tokens.positions.amax(-1).masked_fill(~tokens.mask, 0).amax(-1) + 1) if len(tokens) else media.lengths
+            )
             advance = advance.index_put((media.rows, media.columns), extent)
 
     starts = lengths.cumsum(1) - lengths
@@ -52,7 +57,9 @@ def splice(batch: Batch, embed: nn.Embedding, features: Mapping[str, Features], 
     first, trunk, branch = _runs(batch)
     offset = torch.arange(width, device=element.device) - starts.gather(1, element)
     index = (_places(starts, lengths, first, trunk, branch).gather(1, element) + offset).masked_fill(padding, 0)
-    base = _places(advance.cumsum(1) - advance, advance, first, trunk, branch).gather(1, element).masked_fill(padding, 0)
+    base = (
+        _places(advance.cumsum(1) - advance, advance, first, trunk, branch).gather(1, element).masked_fill(padding, 0)
+    )
     ids = expand(batch.input_ids, 0)
     positions = base[..., None].expand(-1, -1, 3).clone()
     modality = torch.zeros_like(ids)
@@ -103,8 +110,8 @@ def _check_counts(media: MediaBatch, features: Features) -> None:
     if len(wrong):
         item = int(wrong[0])
         raise ValueError(
-            f"{media.names[item]}: the bridge gave {int(given[item])} tokens where the data side counted {int(media.lengths[item])};"
-            " the data module must use the model's own media_specs()"
+            f"{media.names[item]}: the bridge gave {int(given[item])} tokens where the data side counted "
+            f"{int(media.lengths[item])}; the data module must use the model's own media_specs()"
         )
 
 
@@ -121,7 +128,7 @@ def _element_of(lengths: Tensor, starts: Tensor, width: int) -> Tensor:
 
 
 def _runs(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """Per element: the first element of its (document, branch) run; the first element of its document; is it in a branch."""
+    """Per element: the first element of its (document, branch) run, the first of its document, is it in a branch."""
     documents, branches = batch.document_ids, batch.branch_ids
     columns = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
     new_document = torch.ones_like(documents, dtype=torch.bool)
@@ -145,9 +152,16 @@ def _places(starts: Tensor, lengths: Tensor, first: Tensor, trunk: Tensor, branc
 
 
 def _predecessors(
-    starts: Tensor, lengths: Tensor, first: Tensor, trunk: Tensor, branch: Tensor, element: Tensor, offset: Tensor, padding: Tensor
+    starts: Tensor,
+    lengths: Tensor,
+    first: Tensor,
+    trunk: Tensor,
+    branch: Tensor,
+    element: Tensor,
+    offset: Tensor,
+    padding: Tensor,
 ) -> Tensor:
-    """(B, T): the column before each position; for a branch's first the last common column; -1 at a document's first."""
+    """(B, T): the column before each position; for a branch's first the last common one; -1 at a document's first."""
     trunk_total = _trunk_totals(lengths, trunk, branch)
     end_of_trunk = torch.where(trunk_total > 0, starts.gather(1, trunk) + trunk_total - 1, -1)
     run_start = torch.where(branch, end_of_trunk, -1).gather(1, element)

@@ -1,6 +1,7 @@
 """A model as a directory that anyone can read: weights, config, tokenizer, and a manifest of their hashes.
 
-    model.safetensors (or model-00001-of-00003.safetensors ... and an index)   config.yaml   tokenizer.json   manifest.json
+    model.safetensors (or model-00001-of-00003.safetensors ... and an index)
+    config.yaml   tokenizer.json   manifest.json
 
 Files are written beside their final name, synced and renamed, the manifest last: a directory with a manifest is whole.
 """
@@ -31,12 +32,19 @@ SHARD_BYTES = 4 * 2**30
 def save(model: MultimodalModel, path: str | Path) -> None:
     """Writes the directory `path` (made if absent). Needs `model.config`, which the command line and `load` set."""
     if model.config is None:
-        raise ValueError("checkpoint.save: the model does not know its config; set model.config to its class_path/init_args tree")
+        raise ValueError(
+            "checkpoint.save: the model does not know its config; set model.config to its class_path/init_args tree"
+        )
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     (path / "manifest.json").unlink(missing_ok=True)
-    config = {"class_path": model.config["class_path"], "init_args": dict(model.config["init_args"], tokenizer="tokenizer.json")}
+    config = {
+        "class_path": model.config["class_path"],
+        "init_args": dict(model.config["init_args"], tokenizer="tokenizer.json"),
+    }
     files = {name: write_atomically(path / name, data) for name, data in _weight_files(model)}
+    for stale in set(path.glob("model*.safetensors*")) - {path / name for name in files}:
+        stale.unlink()  # of a model that was saved here before, in another number of files
     files["config.yaml"] = write_atomically(path / "config.yaml", yaml.safe_dump(config, sort_keys=False).encode())
     model.tokenizer.save(path)
     files["tokenizer.json"] = hashlib.sha256((path / "tokenizer.json").read_bytes()).hexdigest()
@@ -53,28 +61,43 @@ def load(path: str | Path) -> MultimodalModel:
     """Opens a model directory, in eval mode. Raises ValueError naming the file, or the tensor and both shapes."""
     path = Path(path)
     verify(path)
-    config = yaml.safe_load((path / "config.yaml").read_text())
+    config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
     config["init_args"]["tokenizer"] = str(path / "tokenizer.json")
     model = build(config, MultimodalModel)
     model.config = config
-    load_weights(model, path)
+    _copy_weights(model, path)
     return model.eval()
 
 
 def load_weights(model: MultimodalModel, path: str | Path) -> None:
-    """Copies the weights of a model directory into `model`, strictly: same names, same shapes."""
+    """Copies the weights of a model directory into `model`, strictly: same names, same shapes. Errors as in `load`."""
     path = Path(path)
+    verify(path)
+    _copy_weights(model, path)
+
+
+def _copy_weights(model: MultimodalModel, path: Path) -> None:
     stored = {name: file for file in _shards(path) for name in _names(file)}
     wanted = dict(_tensors(model))
     missing, extra = sorted(wanted.keys() - stored.keys()), sorted(stored.keys() - wanted.keys())
     if missing or extra:
-        raise ValueError(f"{path}: " + "; ".join(f"{what} tensor {names[0]}{_more(names)}" for what, names in (("missing", missing), ("unexpected", extra)) if names))
+        raise ValueError(
+            f"{path}: "
+            + "; ".join(
+                f"{what} tensor {names[0]}{_more(names)}"
+                for what, names in (("missing", missing), ("unexpected", extra))
+                if names
+            )
+        )
     for file in _shards(path):
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():
                 value = tensors.get_tensor(name)
                 if value.shape != wanted[name].shape:
-                    raise ValueError(f"{file}: tensor {name} has shape {tuple(value.shape)}, the model's is {tuple(wanted[name].shape)}")
+                    raise ValueError(
+                        f"{file}: tensor {name} has shape {tuple(value.shape)}, "
+                        f"the model's is {tuple(wanted[name].shape)}"
+                    )
                 with torch.no_grad():
                     wanted[name].copy_(value)
 
@@ -83,14 +106,20 @@ def verify(path: Path) -> dict[str, Any]:
     """The manifest, once every file it names is there and has its hash."""
     if not path.is_dir():
         raise ValueError(f"{path}: no such model directory")
-    if not (path / "manifest.json").is_file():
+    file = path / "manifest.json"
+    if not file.is_file():
         raise ValueError(f"{path}: not a model directory, or one whose writing was cut off: it has no manifest.json")
-    manifest = json.loads((path / "manifest.json").read_text())
+    try:
+        manifest = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{file}: not JSON ({error}); the file is damaged") from error
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("sha256"), dict):
+        raise ValueError(f"{file}: not the manifest of a model directory: it has no sha256 of files")
     for name, digest in manifest["sha256"].items():
         if not (path / name).is_file():
             raise ValueError(f"{path / name}: the manifest names this file, and it is missing")
-        with open(path / name, "rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != digest:
+        with open(path / name, "rb") as stream:
+            if hashlib.file_digest(stream, "sha256").hexdigest() != digest:
                 raise ValueError(f"{path / name}: its SHA-256 is not the manifest's; the file was changed or damaged")
     return manifest
 

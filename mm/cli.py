@@ -40,9 +40,9 @@ GROUPS: dict[str, dict[str, Command]] = {
     },
     "Training": {
         "fit": Command("mm.training.cli:main", "train a stage from a config: align, instruct", pass_name=True),
-        "validate": Command("mm.training.cli:main", "run a stage's validation", pass_name=True),
-        "test": Command("mm.training.cli:main", "score a model on benchmarks, with controls", pass_name=True),
-        "predict": Command("mm.training.cli:main", "write a model's outputs for a data set", pass_name=True),
+        "validate": Command("mm.training.cli:main", "score a stage or model: benchmarks with controls", pass_name=True),
+        "test": Command("mm.training.cli:main", "run a module's test loop", pass_name=True),
+        "predict": Command("mm.training.cli:main", "run a module's prediction loop", pass_name=True),
     },
     "A model at hand": {
         "chat": Command("mm.chat.cli:main", "talk with it about images, sounds and videos"),
@@ -59,7 +59,7 @@ def usage() -> str:
     lines = ["usage: mm COMMAND [ARGUMENTS]", "", "Multimodal research from raw files to a model that chats.", ""]
     for title, commands in GROUPS.items():
         lines.append(f"{title}:")
-        lines += [f"  {name:<10}{command.summary}" for name, command in commands.items()]
+        lines += [f"  {name:<11}{command.summary}" for name, command in commands.items()]
         lines.append("")
     lines.append("`mm COMMAND --help` describes a command; `mm --version` prints the version.")
     lines.append("With --debug (or MM_DEBUG=1), an error also shows where it arose.")

@@ -37,6 +37,8 @@ SHARDS = {
     "openmoji-test": ["openmoji", "--split", "test"],
     "easy-vqa-captions": ["easy_vqa", "--split", "train", "--set", "captions=true"],
     "easy-vqa-train": ["easy_vqa", "--split", "train"],
+    "world-audio-captions": ["world_audio", "--split", "train", "--seed", "1", "--set", "n=1500", "--set", "captions=true"],
+    "world-video-captions": ["world_video", "--split", "train", "--seed", "1", "--set", "n=1500", "--set", "captions=true"],
     "world-audio-train": ["world_audio", "--split", "train", "--set", "n=3000"],
     "world-video-train": ["world_video", "--split", "train", "--set", "n=2500"],
 }
@@ -70,7 +72,7 @@ class Demo:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`argv` goes to both `mm fit` stages: `python -m mm.demo --trainer.accelerator gpu --trainer.precision bf16-mixed`."""
+    """`argv` goes to both `mm fit` stages: `python -m mm.demo --trainer.accelerator gpu --trainer.precision ...`."""
     demo = Demo(Console(), list(sys.argv[1:] if argv is None else argv))
     start = time.perf_counter()
     shutil.rmtree(RUN, ignore_errors=True)
@@ -145,7 +147,9 @@ def show(console: Console, summary: dict[str, Any]) -> None:
     for said in summary["chat"]:
         table.add_row(f"{said['question']}  ({said['file']})", said["answer"])
     console.print(table)
-    console.print(f"report: {RUN / 'report.html'}    chat: mm chat {RUN / 'model'} --image {RUN / 'media/image.png'} ...")
+    console.print(
+        f"report: {RUN / 'report.html'}    chat: mm chat {RUN / 'model'} --image {RUN / 'media/image.png'} ..."
+    )
 
 
 def _result(name: str) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """`mm info`: what a model costs, from its config alone. Nothing is allocated: it is built on the meta device.
 
-    mm info configs/decoder/moe.yaml --context 8192
-    mm info runs/demo/model --json
+mm info configs/decoder/moe.yaml --context 8192
+mm info runs/demo/model --json
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ from mm.types import (
 
 @dataclass
 class TowerConfig:
-    """One kind of media: how it is tokenized, encoded and bridged. `encoder_of` shares another kind's encoder instead."""
+    """One kind of media: how it is tokenized, encoded and bridged. `encoder_of` shares another kind's encoder."""
 
     tokenizer: MediaTokenizer
     bridge: BridgeFactory
@@ -78,7 +78,9 @@ class Tower(nn.Module):
         if (config.encoder is None) == (config.encoder_of is None):
             raise ValueError(f"towers.{kind}: give either encoder or encoder_of")
         if config.encoder_of is not None and config.encoder_of not in encoders:
-            raise ValueError(f"towers.{kind}.encoder_of names {config.encoder_of!r}; a tower above it must have that name")
+            raise ValueError(
+                f"towers.{kind}.encoder_of names {config.encoder_of!r}; a tower above it must have that name"
+            )
         self.owns_encoder = config.encoder is not None
         encoder: Any = config.encoder(self.tokenizer.dim) if config.encoder else encoders[str(config.encoder_of)]
         self.encoder = encoder
@@ -139,7 +141,9 @@ class MultimodalModel(nn.Module):
         if not hasattr(decoder, "embed"):
             decoder.set_vocabulary(self.tokenizer.vocab_size)
         elif decoder.vocab_size < self.tokenizer.vocab_size:
-            raise ValueError(f"decoder.vocab_size {decoder.vocab_size} is below the tokenizer's {self.tokenizer.vocab_size}")
+            raise ValueError(
+                f"decoder.vocab_size {decoder.vocab_size} is below the tokenizer's {self.tokenizer.vocab_size}"
+            )
         self.slots = nn.Embedding(len(KINDS), decoder.width)
         nn.init.normal_(self.slots.weight, std=0.02)
         self.towers = nn.ModuleDict()
@@ -158,19 +162,26 @@ class MultimodalModel(nn.Module):
     def device(self) -> torch.device:
         return self.decoder.embed.weight.device
 
+    def tower(self, kind: str) -> Tower:
+        tower = self.towers[kind]
+        assert isinstance(tower, Tower)
+        return tower
+
     def media_specs(self) -> dict[str, MediaSpec]:
         """What the data side needs to make and count each kind of media."""
-        return {kind: tower.spec() for kind, tower in self.towers.items()}  # type: ignore[operator, misc]
+        return {kind: self.tower(kind).spec() for kind in self.towers}
 
     def encode_media(self, batch: Batch) -> dict[str, Features]:
         """Every tower's features; towers without an item run on none, so that all ranks take the same path."""
-        for kind in batch.media:
+        for kind, media in batch.media.items():
             if kind not in self.towers:
-                raise ValueError(f"{batch.media[kind].names[0]}: this model reads {', '.join(self.towers) or 'text only'}, not {kind}")
-        return {
-            kind: tower(batch.media[kind].tokens if kind in batch.media else tower.no_tokens(self.device))  # type: ignore[operator]
-            for kind, tower in self.towers.items()
-        }
+                read = ", ".join(self.towers) or "text only"
+                raise ValueError(f"{media.names[0]}: this model reads {read}, not {kind}")
+        features = {}
+        for kind in self.towers:
+            tower = self.tower(kind)
+            features[kind] = tower(batch.media[kind].tokens if kind in batch.media else tower.no_tokens(self.device))
+        return features
 
     def forward(
         self,
@@ -183,6 +194,7 @@ class MultimodalModel(nn.Module):
     ) -> ModelOutput:
         """A Batch, or text alone as input_ids (B, T) int64 with attention_mask (B, T), 0 at padding on either side.
 
+        Text alone keeps its columns: logits (B, T, V) stand where the ids do. In a Batch media expand, rows move left.
         `features` are the batch's encoded media where the caller has them already.
         """
         if batch is None:
@@ -191,10 +203,19 @@ class MultimodalModel(nn.Module):
             batch = text_batch(input_ids, attention_mask)
         features = self.encode_media(batch) if features is None else features
         sequence = splice(batch, self.decoder.embed, features, self.slots)
+        sequence.embeddings = sequence.embeddings + self._zero()
         hidden, routings = self.decoder(sequence, cache)
         if cache is not None:
             self._note_next(sequence, cache)
         return ModelOutput(hidden, routings, sequence, self.decoder.head)
+
+    def _zero(self) -> Tensor:
+        """0, through the parameters that this batch or objective may not use.
+
+        Their gradients are then zero, not missing: distributed training waits for the gradient of every parameter.
+        """
+        idle = [self.slots.weight, *(self.embedding_head.parameters() if self.embedding_head is not None else ())]
+        return torch.stack([parameter.reshape(-1)[:0].sum() for parameter in idle]).sum()
 
     def new_cache(self) -> Cache:
         return self.decoder.new_cache()
@@ -228,7 +249,9 @@ class MultimodalModel(nn.Module):
 
     def generate(self, *args: Any, **options: Any) -> Tensor:
         """See mm.generation.engine.generate_ids: greedy or sampled continuation of input_ids (B, T) -> (B, <=N)."""
-        from mm.generation.engine import generate_ids  # the one import upward: a model can speak without its caller knowing how
+        from mm.generation.engine import (
+            generate_ids,
+        )  # the one import upward: a model can speak without its caller knowing how
 
         return generate_ids(self, *args, **options)
 
@@ -238,7 +261,11 @@ def text_batch(input_ids: Tensor, attention_mask: Tensor | None = None) -> Batch
     if bool((input_ids < 0).any()):
         bad = int(input_ids.min())
         slots = {v: k for k, v in SLOT_IDS.items()}
-        raise ValueError(f"input_ids holds {bad}" + (f" (the slot of {slots[bad]})" if bad in slots else "") + "; text ids start at 0")
+        raise ValueError(
+            f"input_ids holds {bad}"
+            + (f" (the slot of {slots[bad]})" if bad in slots else "")
+            + "; text ids start at 0"
+        )
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
     ignored = torch.full_like(input_ids, IGNORE)
     return Batch(input_ids, ignored, mask, torch.zeros_like(input_ids))

@@ -35,10 +35,15 @@ def tiny_decoder(
     return decoder
 
 
-def element_batch(rows: list[list[tuple[int, int, str]]], media: dict[str, list[Tokens]] | None = None, lengths: dict[str, list[int]] | None = None) -> Batch:
+def element_batch(
+    rows: list[list[tuple[int, int, str]]],
+    media: dict[str, list[Tokens]] | None = None,
+    lengths: dict[str, list[int]] | None = None,
+) -> Batch:
     """A Batch from rows of (document, branch, element), an element being a text id as a string or a kind of media.
 
-    Media items are taken from `media[kind]` in raster order; `lengths[kind]` are their slot lengths (token counts by default).
+    Media items are taken from `media[kind]` in raster order; `lengths[kind]` are their slot lengths (by default their
+    token counts).
     """
     width = max(len(row) for row in rows)
     ids, documents, branches = (torch.zeros(len(rows), width, dtype=torch.long) for _ in range(3))

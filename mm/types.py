@@ -9,7 +9,8 @@ decoder's width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence as Seq
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
@@ -65,7 +66,7 @@ class Sample:
     """A chat with its media.
 
     `messages` is `[{"role": "system" | "user" | "assistant", "content": str | [part, ...]}]`, and a part is
-    `{"type": "text", "text": str}` or `{"type": "image" | "audio" | "video", "media": i}` with `i` an index into `media`.
+    `{"type": "text", "text": str}` or `{"type": "image" | "audio" | "video", "media": i}`, `i` an index into `media`.
     `branches`, if any, are alternative continuations of `messages`: each sees the common `messages` and not the
     other branches (ten questions about one image cost one image).
     """
@@ -79,7 +80,8 @@ class Sample:
 
 @dataclass(frozen=True)
 class Reduction:
-    """What a stage does to the grid of a media item, as a pure function: the number of tokens is known before the model runs.
+    """What a stage does to the grid of a media item: a pure function, so that token counts are known before the model
+    runs.
 
     `stride` divides each axis, rounding up; `fixed`, if set, replaces the grid by that many tokens (a resampler).
     """

@@ -44,7 +44,7 @@ class Stage(LightningModule):
         self.scale = nn.Parameter(torch.ones(()))
 
     def on_fit_start(self):
-        print("model_config:", getattr(self, "model_config", None))
+        print("network config:", getattr(self.model, "config", None))
         print("notes:", self.notes)
 
     def training_step(self, batch, index):
@@ -126,7 +126,7 @@ def test_help_answers_within_a_second() -> None:
     assert done.returncode == 0
     assert min(seconds) < 1.0
     for name, command in cli.COMMANDS.items():
-        assert f"  {name:<10}{command.summary}\n" in done.stdout
+        assert f"  {name:<11}{command.summary}\n" in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 80
 
 
@@ -206,7 +206,7 @@ def test_a_bug_is_not_dressed_up_as_a_mistake(failing) -> None:
 
 def test_fit_trains_saves_its_config_and_tells_the_model(stage: dict, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(stage) == 0
-    assert "model_config: {'class_path': 'house_parts.Network'" in capsys.readouterr().out
+    assert "network config: {'class_path': 'house_parts.Network'" in capsys.readouterr().out
     saved = yaml.safe_load(Path("run/config.yaml").read_text())
     assert saved["seed_everything"] == training_cli.SEED
     assert saved["trainer"]["precision"] is None, "the config decides"
@@ -227,7 +227,7 @@ def test_saved_config_runs_again_and_scoring_leaves_it(stage: dict) -> None:
 def test_checkpoint_path_leaves_model_config_alone(stage: dict, capsys: pytest.CaptureFixture[str]) -> None:
     stage["model"]["init_args"] = {"model": "runs/aligned/model", "interrupt": True}
     assert run(stage) == 130, "Ctrl-C while training"
-    assert "model_config: None" in capsys.readouterr().out
+    assert "network config: None" in capsys.readouterr().out
 
 
 def test_network_in_a_file_of_its_own(stage: dict, capsys: pytest.CaptureFixture[str]) -> None:
@@ -238,7 +238,7 @@ def test_network_in_a_file_of_its_own(stage: dict, capsys: pytest.CaptureFixture
     arguments["model"] = "network.yaml"
     Path("configs/stage.yaml").write_text(yaml.safe_dump(stage))
     assert cli.main(["fit", "--config", "configs/stage.yaml", "--allow-import", "house_parts"]) == 0
-    assert "model_config: {'class_path': 'house_parts.Network', 'init_args': {'width': 3," in capsys.readouterr().out
+    assert "network config: {'class_path': 'house_parts.Network', 'init_args': {'width': 3," in capsys.readouterr().out
 
 
 def test_without_a_logger_nothing_is_littered(stage: dict) -> None:

@@ -60,7 +60,10 @@ class EasyVQA(Source[Record]):
         meta: dict[str, Any] = {"image_id": record.image_id}
         if self.captions:
             text = caption(record.questions)
-            messages = [{"role": "user", "content": [{"type": "image", "media": 0}]}, {"role": "assistant", "content": text}]
+            messages = [
+                {"role": "user", "content": [{"type": "image", "media": 0}]},
+                {"role": "assistant", "content": text},
+            ]
             return Sample(f"easy_vqa_{self.split}_caption_{record.image_id:06d}", messages, media, meta=meta)
         if record.number is None:
             questions = [Question(q, a, {"question_types": category(q)}) for q, a in record.questions]
@@ -74,7 +77,7 @@ class EasyVQA(Source[Record]):
 
 
 def caption(questions: list[tuple[str, str]]) -> str | None:
-    """"a COLOUR SHAPE" from the answers about an image; None where they do not tell both."""
+    """ "a COLOUR SHAPE" from the answers about an image; None where they do not tell both."""
     told = {category(question): answer for question, answer in questions}
     return f"a {told['color']} {told['shape']}" if "color" in told and "shape" in told else None
 

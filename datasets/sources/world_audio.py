@@ -50,8 +50,10 @@ class AudioWorld(World):
         ),
     )
 
-    def __init__(self, n: int = 3000, split: Split = "train", seed: int = 0, branches: bool = True) -> None:
-        super().__init__(n, split, seed, branches)
+    def __init__(
+        self, n: int = 3000, split: Split = "train", seed: int = 0, branches: bool = True, captions: bool = False
+    ) -> None:
+        super().__init__(n, split, seed, branches, captions)
 
     def render(self, values: dict[str, str], rng: np.random.Generator) -> bytes:
         time = np.arange(round(RATE * SECONDS)) / RATE

@@ -55,8 +55,10 @@ class VideoWorld(World):
         ),
     )
 
-    def __init__(self, n: int = 2000, split: Split = "train", seed: int = 0, branches: bool = True) -> None:
-        super().__init__(n, split, seed, branches)
+    def __init__(
+        self, n: int = 2000, split: Split = "train", seed: int = 0, branches: bool = True, captions: bool = False
+    ) -> None:
+        super().__init__(n, split, seed, branches, captions)
 
     def render(self, values: dict[str, str], rng: np.random.Generator) -> bytes:
         background = rng.integers(230, 256, 3)

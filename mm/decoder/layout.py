@@ -66,7 +66,12 @@ class Layout:
     @cached_property
     def is_plain_causal(self) -> bool:
         """True when a causal mask says it all: no cache, one document a row (padding after it), no branches."""
-        return self.offset == 0 and not self.has_branches and bool((self.keys.document_ids <= 1).all()) and self._pads_right
+        return (
+            self.offset == 0
+            and not self.has_branches
+            and bool((self.keys.document_ids <= 1).all())
+            and self._pads_right
+        )
 
     @cached_property
     def _pads_right(self) -> bool:

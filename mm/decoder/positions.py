@@ -75,10 +75,10 @@ def inverse_frequencies(dim: int, theta: float) -> Tensor:
 class Rotary:
     """Rotary positions: pairs (i, i + dim/2) of each head turn by position * frequency_i.
 
-    Without `sections` the position is the 1-D index. With `sections` = pairs per axis (t, h, w), summing to dim/2, pairs
-    turn by the media position on their axis (M-RoPE, Qwen2-VL, arXiv 2409.12191): axis by axis in blocks, or, with
-    `interleaved`, cycling t h w t h w ... while an axis has pairs left (Qwen3-VL), so that each axis spans all frequencies.
-    Text has equal positions on all axes, so for text all forms are the 1-D one.
+    Without `sections` the position is the 1-D index. With `sections` = pairs per axis (t, h, w), summing to dim/2,
+    pairs turn by the media position on their axis (M-RoPE, Qwen2-VL, arXiv 2409.12191): axis by axis in blocks, or,
+    with `interleaved`, cycling t h w t h w ... while an axis has pairs left (Qwen3-VL), so that each axis spans all
+    frequencies. Text has equal positions on all axes, so for text all forms are the 1-D one.
     `fraction` of each head turns; the rest is left alone.
     """
 
@@ -108,7 +108,9 @@ class Rotary:
 
         def make() -> tuple[Tensor, Tensor]:
             dim = int(head_dim * self.fraction)
-            frequencies, scale = self.scaling.apply(dim, self.theta) if self.scaling else (inverse_frequencies(dim, self.theta), 1.0)
+            frequencies, scale = (
+                self.scaling.apply(dim, self.theta) if self.scaling else (inverse_frequencies(dim, self.theta), 1.0)
+            )
             device = layout.positions.device
             if self.sections is None:
                 places = layout.queries.index[..., None].float()
@@ -131,7 +133,6 @@ class Rotary:
 @dataclass(frozen=True)
 class Alibi:
     """Attention with linear biases: -slope_h * distance on the scores (Press et al. 2021, arXiv 2108.12409)."""
-
 
     def bias(self, layout: Layout, heads: int) -> Tensor:
         """(B, H, T, S) float32 bias, -inf where a query does not see a key."""

@@ -48,7 +48,7 @@ class Align:
         mean = self.captioning * caption / tokens + sum(terms.values())
         if self.contrastive != "none":
             media, text, ids = embed_pairs(model, batch, features)
-            loss = contrastive_loss(head_of(model), media, text, ids, self.contrastive)
+            loss = contrastive_loss(head_of(model), media, text, ids, sigmoid=self.contrastive == "sigmoid")
             mean, parts["contrastive"] = mean + loss, loss.detach()
         pairs = torch.tensor(float(sum(len(media.rows) for media in batch.media.values())), device=caption.device)
         return Loss(mean * pairs, pairs, parts | {name: term.detach() for name, term in terms.items()}, output)
@@ -60,7 +60,9 @@ def head_of(model: MultimodalModel) -> EmbeddingHead:
     return model.embedding_head
 
 
-def embed_pairs(model: MultimodalModel, batch: Batch, features: Mapping[str, Features]) -> tuple[Tensor, Tensor, Tensor]:
+def embed_pairs(
+    model: MultimodalModel, batch: Batch, features: Mapping[str, Features]
+) -> tuple[Tensor, Tensor, Tensor]:
     """Media (P, E) and text (P, E) unit vectors, and the padded text ids (P, T) that say which texts are the same.
 
     A pair is a media item and the supervised tokens of its document.
@@ -74,19 +76,26 @@ def embed_pairs(model: MultimodalModel, batch: Batch, features: Mapping[str, Fea
             labels = batch.labels[row]
             texts.append(labels[(batch.document_ids[row] == document) & (labels != IGNORE)])
     if not texts:
-        raise ValueError("a batch for contrastive alignment needs samples with one media item and an assistant text each")
+        if bool(batch.document_ids.any()):
+            raise ValueError(
+                "a batch for contrastive alignment needs samples with one media item and an assistant text each"
+            )
+        none = head.text.weight.new_zeros(0, head.text.out_features)  # a rank with nothing to do
+        return none, none, batch.input_ids.new_zeros(0, 1)
     ids = pad_sequence(texts, batch_first=True, padding_value=IGNORE)
     mask = ids != IGNORE
     hidden = model(input_ids=ids.masked_fill(~mask, 0), attention_mask=mask).hidden
     return torch.cat(media), head.embed_text(hidden, mask), ids
 
 
-def contrastive_loss(head: EmbeddingHead, media: Tensor, text: Tensor, ids: Tensor, kind: Literal["infonce", "sigmoid"]) -> Tensor:
-    """Mean loss over pairs, against the texts and media of every rank."""
+def contrastive_loss(head: EmbeddingHead, media: Tensor, text: Tensor, ids: Tensor, sigmoid: bool = False) -> Tensor:
+    """Mean loss over pairs, InfoNCE or sigmoid, against the texts and media of every rank."""
     media, text, ids = gather(media), gather(text), gather_ids(ids)
+    if not len(media):
+        return media.sum()
     match = (ids[:, None] == ids[None]).all(-1)
     logits = head.log_scale.clamp(max=4.6052).exp() * media @ text.T  # at most 100, as CLIP
-    if kind == "sigmoid":
+    if sigmoid:
         sign = match.float() * 2 - 1
         return -F.logsigmoid(sign * (logits + head.shift)).sum() / len(media)
     target = match.float() / match.sum(-1, keepdim=True)  # symmetric, so it serves both directions
@@ -94,19 +103,28 @@ def contrastive_loss(head: EmbeddingHead, media: Tensor, text: Tensor, ids: Tens
 
 
 def gather(x: Tensor) -> Tensor:
-    """(P, E) of this rank -> (ranks * P, E), with gradients."""
+    """(P, E) of this rank -> (all ranks' P, E), with gradients. P may differ: a rank drops samples that do not fit."""
     if not (dist.is_available() and dist.is_initialized()):
         return x
-    return torch.cat(dist_nn.all_gather(x))
+    sizes = _sizes(x)[:, 0].tolist()
+    parts = dist_nn.all_gather(F.pad(x, (0, 0, 0, max(sizes) - len(x))))
+    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
 
 def gather_ids(ids: Tensor) -> Tensor:
-    """(P, T) of this rank, T differing -> (ranks * P, longest T)."""
+    """(P, T) of this rank, both differing -> (all ranks' P, longest T)."""
     if not (dist.is_available() and dist.is_initialized()):
         return ids
-    longest = torch.tensor(ids.shape[1], device=ids.device)
-    dist.all_reduce(longest, dist.ReduceOp.MAX)
-    ids = F.pad(ids, (0, int(longest) - ids.shape[1]), value=IGNORE)
-    parts = [torch.empty_like(ids) for _ in range(dist.get_world_size())]
+    sizes = _sizes(ids)
+    pairs, longest = sizes.amax(0).tolist()
+    ids = F.pad(ids, (0, longest - ids.shape[1], 0, pairs - len(ids)), value=IGNORE)
+    parts = [torch.empty_like(ids) for _ in sizes]
     dist.all_gather(parts, ids)
-    return torch.cat(parts)
+    return torch.cat([part[:size] for part, (size, _) in zip(parts, sizes.tolist(), strict=True)])
+
+
+def _sizes(x: Tensor) -> Tensor:
+    """(ranks, 2) int64: the shape of every rank's x."""
+    parts = [torch.empty(2, dtype=torch.long, device=x.device) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, torch.tensor(x.shape, device=x.device))
+    return torch.stack(parts)

@@ -28,12 +28,17 @@ class RetrievalPool:
             self._pairs.append((item, words, tuple(token for token in row if token >= 0)))
 
     def recalls(self, at: Seq[int]) -> dict[str, float]:
-        """media_to_text_recall_at_k, text_to_media_recall_at_k, their mean recall_at_k, and chance_at_k, as fractions."""
+        """media_to_text_recall_at_k, text_to_media_recall_at_k, their mean recall_at_k, and chance_at_k: fractions.
+
+        Empty where no rank has a pair. Every rank must call it.
+        """
         pairs = self._pairs
         if dist.is_available() and dist.is_initialized():
             parts: list[list[tuple[Tensor, Tensor, tuple[int, ...]]]] = [[] for _ in range(dist.get_world_size())]
             dist.all_gather_object(parts, self._pairs)
             pairs = [pair for part in parts for pair in part]
+        if not pairs:
+            return {}
         media, text = (torch.stack([pair[i] for pair in pairs]) for i in (0, 1))  # type: ignore[misc]
         groups: dict[tuple[int, ...], int] = {}
         group = torch.tensor([groups.setdefault(pair[2], len(groups)) for pair in pairs])

@@ -1,9 +1,9 @@
 """Reads a run directory into plain records. What is missing or broken becomes a note for the page, never a guess.
 
-    RUN/[<stage>/]metrics.csv, routing.jsonl          one training stage each, down to lightning_logs/version_0
-    RUN/results/<benchmark>.json, .predictions.jsonl  scores with chance and controls; one line per sample
-    RUN/model/                                        the model directory
-    RUN/summary.json                                  what ran, and for how many seconds
+RUN/[<stage>/]metrics.csv, routing.jsonl          one training stage each, down to lightning_logs/version_0
+RUN/results/<benchmark>.json, .predictions.jsonl  scores with chance and controls; one line per sample
+RUN/model/                                        the model directory
+RUN/summary.json                                  what ran, and for how many seconds
 """
 
 from __future__ import annotations

@@ -75,12 +75,12 @@ class MultimodalCLI(LightningCLI):
 
     @override
     def after_instantiate_classes(self) -> None:
-        """`model.model_config`: the plain dict that rebuilds the network, if the config spells it out (and does not
-        name a checkpoint, which carries its own)."""
+        """Gives the network the plain dict that rebuilds it, if the config spells it out (and does not name a
+        checkpoint, which carries its own)."""
         config = yaml.safe_load(self.parser.dump(self.config, skip_unset=False))[self.subcommand]
         network = config["model"].get("init_args", {}).get("model")
         if isinstance(network, dict):
-            self.model.model_config = network
+            self.model.model.config = network  # type: ignore[union-attr]
 
     @override
     def _run_subcommand(self, subcommand: str) -> None:

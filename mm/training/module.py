@@ -1,4 +1,4 @@
-"""The one LightningModule: it asks an objective for a loss, logs it, and steps the optimizer. The named stages are thin."""
+"""The one LightningModule: it asks an objective for a loss, logs it, and steps the optimizer. Named stages are thin."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ class StepInfo:
 class ObjectiveModule(pl.LightningModule):
     """Trains `model` (its parts, or the directory of a trained one) on an objective.
 
-    `train` names the parameters that learn, by dotted prefix ("towers.image.bridge"); "all" is everything. `init_from` is
-    a model directory whose weights the model starts from (same shapes). The loss is the mean over the whole global
+    `train` names the parameters that learn, by dotted prefix ("towers.image.bridge"); "all" is everything. `init_from`
+    is a model directory whose weights the model starts from (same shapes). The loss is the mean over the whole global
     batch: gradients of sums are divided once by the count of all ranks and all accumulated batches.
     """
 
@@ -150,7 +150,7 @@ class AlignmentModule(ObjectiveModule):
             self.pool.add(*embed_pairs(self.model, batch, self.model.encode_media(batch)))
 
     def on_validation_epoch_end(self) -> None:
-        if self.model.embedding_head is not None and len(self.pool):
+        if self.model.embedding_head is not None:
             self.log_dict({f"val/{name}": value for name, value in self.pool.recalls(self.recall_at).items()})
         self.pool = RetrievalPool()
 

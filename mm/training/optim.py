@@ -46,15 +46,16 @@ class OptimConfig:
 
 
 def freeze_all_but(module: nn.Module, patterns: Iterable[str]) -> list[str]:
-    """Trains only parameters whose dotted name starts with one of `patterns` ("towers.image.bridge"); returns their names.
+    """Trains only parameters whose dotted name starts with one of `patterns` ("towers.image.bridge").
 
-    Raises ValueError naming a pattern that matches nothing.
+    Returns their names. Raises ValueError naming a pattern that matches nothing.
     """
     patterns = list(patterns)
     names = [name for name, _ in module.named_parameters()]
     for pattern in patterns:
         if not any(_starts(name, pattern) for name in names):
-            raise ValueError(f"train: {pattern!r} matches no parameter; the top-level parts are {', '.join(sorted({n.split('.')[0] for n in names}))}")
+            parts = ", ".join(sorted({name.split(".")[0] for name in names}))
+            raise ValueError(f"train: {pattern!r} matches no parameter; the top-level parts are {parts}")
     trained = []
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(any(_starts(name, pattern) for pattern in patterns))

@@ -21,8 +21,10 @@ from mm.fusion.splice import splice
 from mm.testing import element_batch, finite_nonzero_gradients, tiny_decoder
 from mm.types import Batch, Routing
 
-# One float32 product sums a few hundred terms in an order that depends on shapes: 1e-5 is some ten times that noise here.
-CLOSE = {"atol": 1e-5, "rtol": 1e-4}
+
+def close(actual: torch.Tensor, expected: torch.Tensor, what: str | None = None) -> None:
+    """A float32 product sums hundreds of terms in an order that depends on shapes: 1e-5 is ten times that noise."""
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4, msg=what)
 
 
 def run(decoder: Decoder, batch: Batch):
@@ -61,13 +63,13 @@ def test_packing_and_branches_never_leak(positions, window):
     decoder = tiny_decoder(mixer=mixer, layers=2).eval()
     alone = run(decoder, text("1:5 1:6 1:7 1:8 1:9"))[0][0]
     packed = run(decoder, text("1:30 1:31 1:32 2:5 2:6 2:7 2:8 2:9 3:40", "1:5 1:6 1:7 1:8 1:9"))[0]
-    torch.testing.assert_close(packed[0, 3:8], alone, **CLOSE)
-    torch.testing.assert_close(packed[1, :5], alone, **CLOSE)
+    close(packed[0, 3:8], alone)
+    close(packed[1, :5], alone)
     moved = run(decoder, text("1:33 1:34 1:35 2:5 2:6 2:7 2:8 2:9 3:41", "1:5 1:6 1:7 1:8 1:9"))[0]
-    torch.testing.assert_close(moved[0, 3:8], packed[0, 3:8], **CLOSE)
+    close(moved[0, 3:8], packed[0, 3:8])
     assert (moved[0, :3] - packed[0, :3]).abs().max() > 1e-2  # the perturbation itself is felt
     branched = run(decoder, text("1:5 1:6 1:7 1.1:20 1.1:21 1.2:8 1.2:9"))[0]
-    torch.testing.assert_close(branched[0, [0, 1, 2, 5, 6]], alone, **CLOSE)
+    close(branched[0, [0, 1, 2, 5, 6]], alone)
 
 
 @pytest.mark.parametrize("positions", POSITIONS)
@@ -81,18 +83,23 @@ def test_order_matters(positions):
 
 def test_documents_one_by_one_equal_one_mask(monkeypatch):
     torch.manual_seed(0)
-    rows = [" ".join(f"{1 + i // 150}:{5 + i % 90}" for i in range(600)), " ".join(f"1:{5 + i % 70}" for i in range(560))]
+    rows = [
+        " ".join(f"{1 + i // 150}:{5 + i % 90}" for i in range(600)),
+        " ".join(f"1:{5 + i % 70}" for i in range(560)),
+    ]
     decoder = tiny_decoder().eval()
     one_by_one = run(decoder, text(*rows))[0]
     monkeypatch.setattr(sdpa, "LOOP_FROM", 10**9)
-    torch.testing.assert_close(one_by_one[:, :560], run(decoder, text(*rows))[0][:, :560], **CLOSE)
+    close(one_by_one[:, :560], run(decoder, text(*rows))[0][:, :560])
 
 
 @pytest.mark.parametrize("heads,kv_heads,head_dim", [(4, 4, None), (6, 2, 10), (4, 1, None)])
 @pytest.mark.parametrize("positions", ["rotary", "sectioned", "alibi"])
 def test_cached_steps_equal_the_full_pass(heads, kv_heads, head_dim, positions):
     torch.manual_seed(0)
-    scheme = Rotary(sections=(head_dim // 2 - 2, 1, 1)) if positions == "sectioned" and head_dim else POSITIONS[positions]
+    scheme = (
+        Rotary(sections=(head_dim // 2 - 2, 1, 1)) if positions == "sectioned" and head_dim else POSITIONS[positions]
+    )
     width = 32 if head_dim is None else 30
     mixer = partial(GroupedAttention, heads=heads, kv_heads=kv_heads, head_dim=head_dim, positions=scheme, window=4)
     decoder = tiny_decoder(width, mixer=mixer).eval()
@@ -107,12 +114,14 @@ def test_cached_steps_equal_the_full_pass(heads, kv_heads, head_dim, positions):
         sequence.index += len(cache)
         sequence.positions += len(cache)
         parts.append(decoder(sequence, cache)[0])
-    torch.testing.assert_close(torch.cat(parts, 1), full, **CLOSE)
-    assert cache.bytes() == 2 * 4 * decoder.layers[0].mixer.cache_numbers_per_token() * 9
+    close(torch.cat(parts, 1), full)
+    attention = decoder.layers[0].get_submodule("mixer")
+    assert isinstance(attention, GroupedAttention)
+    assert cache.bytes() == 2 * 4 * attention.cache_numbers_per_token() * 9  # 2 layers, 4 bytes a number, 9 tokens
 
 
 def experts_by_loop(experts: SwigluExperts, x, routing: Routing):
-    out = torch.zeros_like(x)
+    out = 0 * x
     for s in range(len(x)):
         for weight, e in zip(routing.weights[s], routing.indices[s], strict=True):
             gate, up = (experts.gate_up[e] @ x[s]).chunk(2)
@@ -129,10 +138,14 @@ def test_experts_equal_a_plain_loop(case):
         nn.init.normal_(p, std=0.5)
     x = torch.randn(tokens, 8, requires_grad=True)
     weights = torch.rand(tokens, 2, requires_grad=True)
-    indices = torch.stack([torch.randperm(4)[:2] for _ in range(tokens)]) if tokens else torch.zeros(0, 2, dtype=torch.long)
+    indices = (
+        torch.stack([torch.randperm(4)[:2] for _ in range(tokens)]) if tokens else torch.zeros(0, 2, dtype=torch.long)
+    )
     if case == "one expert":
         indices = torch.full((tokens, 2), 3)
-    routing = Routing(indices, weights, torch.zeros(tokens, 5), torch.zeros(tokens, 5), torch.ones(tokens, dtype=torch.bool))
+    routing = Routing(
+        indices, weights, torch.zeros(tokens, 5), torch.zeros(tokens, 5), torch.ones(tokens, dtype=torch.bool)
+    )
     upstream = torch.randn(1, 8).expand(tokens, 8)  # stride 0, as .sum() gives
     results = []
     for compute in (experts, lambda x, r: experts_by_loop(experts, x, r)):
@@ -143,7 +156,7 @@ def test_experts_equal_a_plain_loop(case):
         grads = [experts.gate_up.grad, experts.down.grad, x.grad, weights.grad]
         results.append([y, *(torch.zeros(()) if g is None else g for g in grads)])
     for ours, loop in zip(*results, strict=True):
-        torch.testing.assert_close(ours, loop.expand_as(ours), **CLOSE)
+        close(ours, loop.expand_as(ours))
 
 
 def test_router_bias_moves_the_choice_and_not_the_weight():
@@ -189,9 +202,17 @@ def test_padding_is_in_no_statistic():
 
 
 def test_switch_loss_is_one_when_even_and_e_when_collapsed():
-    even = Routing(torch.arange(4)[:, None], torch.ones(4, 1), torch.zeros(4, 4), torch.full((4, 4), 0.25), torch.ones(4, dtype=torch.bool))
+    even = Routing(
+        torch.arange(4)[:, None],
+        torch.ones(4, 1),
+        torch.zeros(4, 4),
+        torch.full((4, 4), 0.25),
+        torch.ones(4, dtype=torch.bool),
+    )
     one = F.one_hot(torch.zeros(4, dtype=torch.long), 4).float()
-    collapsed = Routing(torch.zeros(4, 1, dtype=torch.long), torch.ones(4, 1), one, one, torch.ones(4, dtype=torch.bool))
+    collapsed = Routing(
+        torch.zeros(4, 1, dtype=torch.long), torch.ones(4, 1), one, one, torch.ones(4, dtype=torch.bool)
+    )
     assert switch_loss(even) == pytest.approx(1) and switch_loss(collapsed) == pytest.approx(4)
     assert max_over_mean_load(even.load()) == 1 and max_over_mean_load(collapsed.load()) == 4
     assert max_over_mean_load(torch.zeros(4)) == 0
@@ -239,7 +260,7 @@ def test_checkpointing_activations_changes_nothing():
         grads.append({name: p.grad.clone() for name, p in decoder.named_parameters() if p.grad is not None})
     assert grads[0].keys() == grads[1].keys()
     for name, grad in grads[0].items():
-        torch.testing.assert_close(grads[1][name], grad, **CLOSE, msg=name)
+        close(grads[1][name], grad, name)
 
 
 def test_shared_experts_and_plain_ffn():
@@ -259,10 +280,16 @@ def test_rope_scalings():
     half, _ = RopeScaling("linear", 2.0).apply(16, 1e4)
     torch.testing.assert_close(half * 2, base)
     ntk, _ = RopeScaling("ntk", 4.0).apply(16, 1e4)
-    assert ntk[0] == base[0] and ntk[-1] == pytest.approx(float(base[-1] / 4))  # highest kept, lowest divided by the factor
+    assert ntk[0] == base[0] and ntk[-1] == pytest.approx(
+        float(base[-1] / 4)
+    )  # highest kept, lowest divided by the factor
     yarn, scale = RopeScaling("yarn", 8.0, original_length=64).apply(64, 1e4)
     full, _ = RopeScaling("linear", 1.0).apply(64, 1e4)
-    assert yarn[0] == full[0] and yarn[-1] == pytest.approx(float(full[-1] / 8)) and scale == pytest.approx(0.1 * 2.0794415 + 1)
+    assert (
+        yarn[0] == full[0]
+        and yarn[-1] == pytest.approx(float(full[-1] / 8))
+        and scale == pytest.approx(0.1 * 2.0794415 + 1)
+    )
     llama, _ = RopeScaling("llama3", 8.0).apply(128, 5e5)
     long, _ = RopeScaling("linear", 1.0).apply(128, 5e5)
     assert llama[0] == long[0] and llama[-1] == pytest.approx(float(long[-1] / 8))
@@ -274,9 +301,17 @@ def test_rope_scalings():
         (lambda: GroupedAttention(32, heads=5), "width 32 .* heads 5"),
         (lambda: GroupedAttention(32, heads=4, kv_heads=3), "heads 4 .* kv_heads 3"),
         (lambda: TopKRouter(8, 4, 5), "experts_per_token 5"),
-        (lambda: tiny_decoder(layers=1, mixer=lambda w: GroupedAttention(w, heads=4, positions=Rotary(sections=(1, 1, 1)))), None),
+        (
+            lambda: tiny_decoder(
+                layers=1, mixer=lambda w: GroupedAttention(w, heads=4, positions=Rotary(sections=(1, 1, 1)))
+            ),
+            None,
+        ),
         (lambda: Decoder(32, {"a": nn.Identity}, {"b": nn.Identity}, [LayerGroup(["a"])]), "mixer/ffn"),
-        (lambda: Decoder(32, {"a": nn.Identity}, {"b": nn.Identity}, [LayerGroup(["a/c"])]), "'c', which is not in ffns"),
+        (
+            lambda: Decoder(32, {"a": nn.Identity}, {"b": nn.Identity}, [LayerGroup(["a/c"])]),
+            "'c', which is not in ffns",
+        ),
     ],
 )
 def test_what_a_config_can_get_wrong(make, match):

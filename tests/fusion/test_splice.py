@@ -91,7 +91,10 @@ def test_cross_media_stand_beside():
 def test_no_media_at_all_keeps_the_towers_in_the_graph():
     embed, slots = embeddings()
     empty = Tokens(
-        torch.zeros(0, 1, 8, requires_grad=True), torch.zeros(0, 1, 3, dtype=torch.long), torch.zeros(0, 1, dtype=torch.bool), torch.ones(0, 3)
+        torch.zeros(0, 1, 8, requires_grad=True),
+        torch.zeros(0, 1, 3, dtype=torch.long),
+        torch.zeros(0, 1, dtype=torch.bool),
+        torch.ones(0, 3),
     )
     for inline in (True, False):
         out = splice(element_batch([[(1, 0, "4")]]), embed, {"image": Features(empty, inline)}, slots)

@@ -18,9 +18,9 @@ BACKENDS = {"sdpa": sdpa.attend, "flash": flash.attend}
 class GroupedAttention(nn.Module):
     """x (B, T, width) -> (B, T, width).
 
-    `heads` query heads of `head_dim` (width / heads by default) share `kv_heads` key/value heads (heads by default: MHA;
-    1: MQA). `window` limits how far back a position sees. `positions` is rotary, ALiBi or None. `qk_norm` normalises
-    each query and key head (RMSNorm) before the rotation (Qwen3).
+    `heads` query heads of `head_dim` (width / heads by default) share `kv_heads` key/value heads (by default as many as
+    heads: MHA; 1: MQA). `window` limits how far back a position sees. `positions` is rotary, ALiBi or None. `qk_norm`
+    normalises each query and key head (RMSNorm) before the rotation (Qwen3).
     """
 
     def __init__(

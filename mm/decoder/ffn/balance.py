@@ -1,8 +1,8 @@
 """Balance of a mixture of experts, each rule a switch; padding is in none of the statistics.
 
-    loss    switch   E * sum_e f_e P_e            (Switch Transformer, arXiv 2101.03961, eq. 4-6; GShard)
-    loss    z        mean logsumexp(logits)^2     (ST-MoE, arXiv 2202.08906, eq. 5)
-    update  bias     the selection bias of over-used experts falls, of under-used ones rises (arXiv 2408.15664)
+loss    switch   E * sum_e f_e P_e            (Switch Transformer, arXiv 2101.03961, eq. 4-6; GShard)
+loss    z        mean logsumexp(logits)^2     (ST-MoE, arXiv 2202.08906, eq. 5)
+update  bias     the selection bias of over-used experts falls, of under-used ones rises (arXiv 2408.15664)
 """
 
 from __future__ import annotations

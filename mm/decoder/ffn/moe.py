@@ -16,7 +16,8 @@ from mm.types import Routing
 class SparseMoE(nn.Module):
     """x (B, T, width), mask (B, T) -> (B, T, width) and the Routing over its B*T tokens.
 
-    `hidden` is one expert's inner width; `shared` experts of that width see every token (DeepSeekMoE, arXiv 2401.06066).
+    `hidden` is one expert's inner width; `shared` experts of that width see every token (DeepSeekMoE, arXiv
+    2401.06066).
     """
 
     def __init__(

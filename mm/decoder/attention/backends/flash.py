@@ -8,7 +8,9 @@ from torch import Tensor
 from mm.decoder.layout import Layout
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, *, scale: float, window: int | None, bias: Tensor | None) -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, layout: Layout, *, scale: float, window: int | None, bias: Tensor | None
+) -> Tensor:
     """As sdpa.attend, for float16/bfloat16 on a GPU. Source: Dao 2023, arXiv 2307.08691 (variable-length form).
 
     Raises ValueError for what the kernel cannot express: score biases other than none, branches, and cached decoding.
@@ -19,7 +21,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, *, scale: float, win
     try:
         from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise ValueError("attention backend 'flash' needs the package flash-attn (pip install 'mm[gpu]') on a GPU machine") from error
+        raise ValueError(
+            "attention backend 'flash' needs the package flash-attn (pip install 'mm[gpu]') on a GPU machine"
+        ) from error
     lengths = torch.tensor([end - start for _, start, end in layout.documents()], dtype=torch.int32, device=q.device)
     bounds = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
     longest = int(lengths.max())

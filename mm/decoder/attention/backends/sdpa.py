@@ -12,7 +12,9 @@ from mm.decoder.layout import Layout
 LOOP_FROM = 512
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, *, scale: float, window: int | None, bias: Tensor | None) -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, layout: Layout, *, scale: float, window: int | None, bias: Tensor | None
+) -> Tensor:
     """q (B, T, H, d), k and v (B, S, G, d) with H a multiple of G -> (B, T, H, d).
 
     Packed documents without branches, cache or window are attended to one by one once rows are long; short rows and
@@ -22,7 +24,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, *, scale: float, win
         out = torch.empty_like(q) if not torch.is_grad_enabled() else None
         parts = []
         for row, start, end in layout.documents():
-            part = _sdpa(q[row : row + 1, start:end], k[row : row + 1, start:end], v[row : row + 1, start:end], None, True, scale)
+            part = _sdpa(
+                q[row : row + 1, start:end], k[row : row + 1, start:end], v[row : row + 1, start:end], None, True, scale
+            )
             if out is None:
                 parts.append(part)
             else:

@@ -1,4 +1,4 @@
-"""Top-k softmax routing (Mixtral, Qwen3-MoE, OLMoE, gpt-oss), with an optional selection bias (aux-loss-free balance)."""
+"""Top-k softmax routing (Mixtral, Qwen3-MoE, OLMoE, gpt-oss), with a selection bias for aux-loss-free balance."""
 
 from __future__ import annotations
 
@@ -22,10 +22,14 @@ class TopKRouter(nn.Module):
 
     bias: Tensor
 
-    def __init__(self, width: int, num_experts: int, experts_per_token: int, gate: Literal["chosen", "all"] = "chosen") -> None:
+    def __init__(
+        self, width: int, num_experts: int, experts_per_token: int, gate: Literal["chosen", "all"] = "chosen"
+    ) -> None:
         super().__init__()
         if not 1 <= experts_per_token <= num_experts:
-            raise ValueError(f"TopKRouter: experts_per_token {experts_per_token} must be between 1 and num_experts {num_experts}")
+            raise ValueError(
+                f"TopKRouter: experts_per_token {experts_per_token} must be between 1 and num_experts {num_experts}"
+            )
         self.num_experts, self.experts_per_token, self.gate = num_experts, experts_per_token, gate
         self.weight = nn.Parameter(torch.empty(num_experts, width))
         self.register_buffer("bias", torch.zeros(num_experts))
