@@ -123,6 +123,8 @@ class StreamingDataModule(LightningDataModule):
             that still do not fit are dropped, counted in `counts` and warned about.
         pack: several samples a row; False: one.
         max_branches: at most this many branches of a training sample, a seeded random subset (None: all).
+        one_set_per_batch: a batch's samples come from one set, and the sets take turns by weight: what contrastive
+            losses want, since items of different sets are told apart too easily to learn from.
         workers: loader processes; 0 loads in the training process.
         prefetch: batches that each worker holds ready.
         seed: of the order, the mixture and the branches.
@@ -138,6 +140,7 @@ class StreamingDataModule(LightningDataModule):
         row_length: int = 1024,
         pack: bool = True,
         max_branches: int | None = None,
+        one_set_per_batch: bool = False,
         workers: int = 0,
         prefetch: int = 2,
         seed: int = 0,
@@ -148,6 +151,7 @@ class StreamingDataModule(LightningDataModule):
         self.train, self.val = train or {}, val or {}
         self.samples_per_batch, self.row_length, self.pack = samples_per_batch, row_length, pack
         self.max_branches = max_branches
+        self.one_set_per_batch = one_set_per_batch
         self.workers, self.prefetch = workers, prefetch
         self.seed, self.epoch_samples = seed, epoch_samples
         self.allow_change = allow_change or []
@@ -222,6 +226,7 @@ class StreamingDataModule(LightningDataModule):
             "row_length": self.row_length,
             "pack": self.pack,
             "max_branches": self.max_branches,
+            "one_set_per_batch": self.one_set_per_batch,
             "seed": self.seed,
             "epoch_samples": self.epoch_samples,
         }
@@ -230,7 +235,8 @@ class StreamingDataModule(LightningDataModule):
         if not self.train:
             raise ValueError("data.train is empty: name at least one directory of shards")
         sizes = {name: len(samples) for name, samples in self._open_all(self.train).items()}
-        return Mixture(sizes, {name: data.weight for name, data in self.train.items()}, self.seed)
+        weights = {name: data.weight for name, data in self.train.items()}
+        return Mixture(sizes, weights, self.seed, self.samples_per_batch if self.one_set_per_batch else 1)
 
     def _open_all(self, sets: dict[str, DataSet]) -> dict[str, ShardDataset]:
         for data in sets.values():

@@ -30,12 +30,16 @@ class Mixture:
     every multiple of the least common period of the weights; a low-discrepancy sequence, not a draw by chance. Each set
     runs through its own epochs, each a permutation by (seed, name, epoch), at the pace that its weight gives.
 
-    Weights default to the sizes: every sample is then seen once in `len(mixture)` samples.
+    Weights default to the sizes: every sample is then seen once in `len(mixture)` samples. `block` consecutive places,
+    from a multiple of it on, go to one set: whole batches of one kind.
     """
 
-    def __init__(self, sizes: dict[str, int], weights: dict[str, float | None] | None = None, seed: int = 0) -> None:
+    def __init__(
+        self, sizes: dict[str, int], weights: dict[str, float | None] | None = None, seed: int = 0, block: int = 1
+    ) -> None:
         if not sizes:
             raise ValueError("a mixture needs at least one data set")
+        self.block = block
         self.sizes = dict(sizes)
         self.seed = seed
         given = weights or {}
@@ -59,7 +63,9 @@ class Mixture:
         return sum(self.sizes.values())
 
     def __getitem__(self, place: int) -> Draw:
-        name, place = self.locate(place)
+        number, inside = divmod(place, self.block)
+        name, before = self.locate(number)
+        place = before * self.block + inside
         epoch, within = divmod(place, self.sizes[name])
         cached, permutation = self._orders.get(name, (None, None))
         if permutation is None or cached != epoch:
@@ -68,7 +74,7 @@ class Mixture:
         return Draw(name, epoch, permutation[within])
 
     def locate(self, place: int) -> tuple[str, int]:
-        """The data set of sample `place` of the stream, and how many samples of that set came before.
+        """The data set of block `place` of the stream, and how many blocks of that set came before.
 
         Each set in turn takes its share w of the places that the sets before it left: it has floor(w * p) of the first
         p, so it takes place p where floor(w * (p + 1)) is larger. Rational arithmetic: exact however long the run.

@@ -38,7 +38,10 @@ def texts(sources: Iterable[Path]) -> Iterator[str]:
                 yield from texts_of(sample)
         elif source.is_file():
             with open(source, encoding="utf-8") as file:
-                yield from file
+                try:
+                    yield from file
+                except UnicodeDecodeError as error:
+                    raise ValueError(f"{source}: not UTF-8 text: {error}") from error
         else:
             raise ValueError(f"{source}: neither a folder of shards (with a {MANIFEST}) nor a text file")
 

@@ -77,7 +77,8 @@ def load_weights(model: MultimodalModel, path: str | Path) -> None:
 
 
 def _copy_weights(model: MultimodalModel, path: Path) -> None:
-    stored = {name: file for file in _shards(path) for name in _names(file)}
+    """Copies nothing unless all names and shapes fit."""
+    stored = {name: (file, shape) for file in _shards(path) for name, shape in _shapes(file).items()}
     wanted = dict(_tensors(model))
     missing, extra = sorted(wanted.keys() - stored.keys()), sorted(stored.keys() - wanted.keys())
     if missing or extra:
@@ -89,17 +90,13 @@ def _copy_weights(model: MultimodalModel, path: Path) -> None:
                 if names
             )
         )
+    for name, (file, shape) in stored.items():
+        if shape != tuple(wanted[name].shape):
+            raise ValueError(f"{file}: tensor {name} has shape {shape}, the model's is {tuple(wanted[name].shape)}")
     for file in _shards(path):
-        with safe_open(file, framework="pt") as tensors:
+        with safe_open(file, framework="pt") as tensors, torch.no_grad():
             for name in tensors.keys():
-                value = tensors.get_tensor(name)
-                if value.shape != wanted[name].shape:
-                    raise ValueError(
-                        f"{file}: tensor {name} has shape {tuple(value.shape)}, "
-                        f"the model's is {tuple(wanted[name].shape)}"
-                    )
-                with torch.no_grad():
-                    wanted[name].copy_(value)
+                wanted[name].copy_(tensors.get_tensor(name))
 
 
 def verify(path: Path) -> dict[str, Any]:
@@ -172,10 +169,10 @@ def _shards(path: Path) -> list[Path]:
     return [path / "model.safetensors"]
 
 
-def _names(file: Path) -> list[str]:
+def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
     try:
         with safe_open(file, framework="pt") as tensors:
-            return list(tensors.keys())
+            return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file}: not a whole safetensors file ({error})") from error
 

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from mm.datasets.sources.world_video import VideoWorld
 from mm.types import Media
 
 RUN = Path("runs/demo")
+MM = [sys.executable, "-m", "mm.cli"]
 SHARDS = {
     "openmoji-train": ["openmoji", "--split", "train"],
     "openmoji-test": ["openmoji", "--split", "test"],
@@ -59,16 +61,37 @@ class Demo:
     stages: list[dict[str, Any]] = field(default_factory=list)
 
     def run(self, title: str, *command: str, capture: bool = False) -> str:
-        line = shlex.join(["mm", *command])
-        self.console.rule(f"[bold]{title}", align="left")
-        self.console.print(f"$ {line}", style="dim", highlight=False)
+        """One command, its output shown, or captured and returned."""
+        self.announce(title, command)
         start = time.perf_counter()
         pipe = subprocess.PIPE if capture else None
-        done = subprocess.run([sys.executable, "-m", "mm.cli", *command], text=True, stdout=pipe)
-        if done.returncode:
-            raise SystemExit(f"demo: `{line}` failed with exit status {done.returncode}")
-        self.stages.append({"name": title, "command": line, "seconds": round(time.perf_counter() - start, 1)})
+        done = subprocess.run([*MM, *command], text=True, stdout=pipe)
+        self.note(title, command, done.returncode, time.perf_counter() - start)
         return (done.stdout or "").strip()
+
+    def run_pairs(self, titled: dict[str, list[str]]) -> None:
+        """Commands of one process each, two at a time: loading torch takes longer than most of them."""
+
+        def work(title: str) -> None:
+            start = time.perf_counter()
+            done = subprocess.run([*MM, *titled[title]], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            self.announce(title, titled[title])
+            self.console.print(done.stdout.strip(), highlight=False)
+            self.note(title, titled[title], done.returncode, time.perf_counter() - start)
+
+        with ThreadPoolExecutor(2) as pool:
+            for finished in [pool.submit(work, title) for title in titled]:
+                finished.result()
+
+    def announce(self, title: str, command: Sequence[str]) -> None:
+        self.console.rule(f"[bold]{title}", align="left")
+        self.console.print(f"$ {shlex.join(['mm', *command])}", style="dim", highlight=False, soft_wrap=True)
+
+    def note(self, title: str, command: Sequence[str], status: int, seconds: float) -> None:
+        line = shlex.join(["mm", *command])
+        if status:
+            raise SystemExit(f"demo: `{line}` failed with exit status {status}")
+        self.stages.append({"name": title, "command": line, "seconds": round(seconds, 1)})
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -76,8 +99,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     demo = Demo(Console(), list(sys.argv[1:] if argv is None else argv))
     start = time.perf_counter()
     shutil.rmtree(RUN, ignore_errors=True)
-    for name, source in SHARDS.items():
-        demo.run(f"Shards: {name}", "shard", *source, "--out", str(RUN / "shards" / name))
+    one_worker = ["--workers", "1", "--quiet"]
+    demo.run_pairs(
+        {f"Shards: {name}": ["shard", *source, "--out", str(RUN / "shards" / name), *one_worker] for name, source in SHARDS.items()}
+    )
     trained_on = [str(RUN / "shards" / name) for name in SHARDS if not name.endswith("test")]
     demo.run("Text tokenizer", "tokenizer", *trained_on, "--out", str(RUN / "tokenizer"), "--vocab-size", "1500")
     for title, config in (("Alignment", "align"), ("Instruction tuning", "instruct")):

@@ -1,19 +1,31 @@
-"""Small real parts for tests: a tokenizer trained on a few words, tiny decoders, batches of random text and media."""
+"""Small real parts for tests: a tokenizer trained on a few words, tiny models, batches of random text and media."""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
+from mm.datasets.packing import PackedBatch, collate
+from mm.datasets.processor import Processor
 from mm.decoder.attention.grouped import GroupedAttention
 from mm.decoder.decoder import Decoder, LayerGroup
 from mm.decoder.ffn.dense import GatedFFN
 from mm.decoder.ffn.moe import SparseMoE
-from mm.types import IGNORE, SLOT_IDS, Batch, MediaBatch, Tokens
+from mm.encoders.audio_cnn import AudioCNNEncoder
+from mm.encoders.transformer import TransformerEncoder
+from mm.fusion.projector import LinearProjector
+from mm.model import MultimodalModel, TowerConfig
+from mm.tokenizers.audio import AudioTokenizer
+from mm.tokenizers.image import ImageTokenizer
+from mm.tokenizers.text import TextTokenizer
+from mm.tokenizers.video import VideoTokenizer
+from mm.types import IGNORE, SLOT_IDS, Batch, BridgeFactory, Grid, Media, MediaBatch, Sample, Tokens
 
 
 def tiny_decoder(
@@ -33,6 +45,70 @@ def tiny_decoder(
         if parameter.ndim > 1:
             nn.init.normal_(parameter, std=0.15)
     return decoder
+
+
+def tiny_tokenizer(vocab_size: int = 300) -> TextTokenizer:
+    return TextTokenizer.train(["what color is the shape? red, green or blue. how many beeps? two. "] * 4, vocab_size)
+
+
+def tiny_model(bridge: BridgeFactory = LinearProjector, **options: Any) -> MultimodalModel:
+    """Towers for images, sounds and videos (which share the images' encoder), random weights that let every part tell.
+
+    Patches are 2 x 2 pixels, sounds have 20 mels. `options` are the model's.
+    """
+    tokenizer = tiny_tokenizer()
+    encoder = partial(TransformerEncoder, width=16, layers=1, heads=2)
+    image = ImageTokenizer(patch=2, max_tokens=16)
+    towers = {
+        "image": TowerConfig(image, bridge, encoder),
+        "audio": TowerConfig(AudioTokenizer(mels=20), bridge, partial(AudioCNNEncoder, width=16, layers=0, heads=2)),
+        "video": TowerConfig(VideoTokenizer(image, fps=2), bridge, encoder_of="image"),
+    }
+    return spread(MultimodalModel(tokenizer, tiny_decoder(vocab_size=tokenizer.vocab_size), towers, **options))
+
+
+def spread(model: MultimodalModel) -> MultimodalModel:
+    """Opens the gates, which start shut, and widens the weights, so that whatever is connected shows."""
+    for name, parameter in model.named_parameters():
+        if name.endswith(".gate"):
+            nn.init.ones_(parameter)
+        elif parameter.ndim > 1:
+            nn.init.normal_(parameter, std=0.15)
+    return model
+
+
+def tiny_media(model: MultimodalModel, kind: str, grid: Grid, seed: int = 0) -> Tokens:
+    """What the model's tokenizer of this kind could have given: random values on a grid."""
+    generator = torch.Generator().manual_seed(seed)
+    t, h, w = grid
+    values = torch.randn(t * h * w, model.tower(kind).tokenizer.dim, generator=generator)
+    return Tokens.of_grid(values if kind == "audio" else (values * 64 + 128).clamp(0, 255).byte(), grid)
+
+
+def model_batch(
+    model: MultimodalModel, rows: list[list[tuple[int, int, str]]], media: dict[str, list[Tokens]] | None = None
+) -> Batch:
+    """`element_batch` with the slot lengths that the model's own specs count."""
+    lengths = {}
+    for kind, items in (media or {}).items():
+        grids = [item.grid.tolist() for item in items]
+        lengths[kind] = [model.media_specs()[kind].slot_length((t, h, w)) for t, h, w in grids]
+    return element_batch(rows, media, lengths)
+
+
+def picture(seed: int, size: tuple[int, int] = (4, 4)) -> Media:
+    """A PNG of random pixels, `size` (height, width)."""
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(0, 256, (*size, 3), dtype=torch.uint8, generator=generator)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels.numpy()).save(buffer, "PNG")
+    return Media("image", buffer.getvalue(), f"random-{seed}.png")
+
+
+def sample_batch(model: MultimodalModel, rows: list[list[Sample]]) -> PackedBatch:
+    """Samples as the data module encodes and packs them for the model."""
+    processor = Processor(model.tokenizer, model.template, model.media_specs())
+    return collate([[processor.encode(sample) for sample in row] for row in rows])
 
 
 def element_batch(

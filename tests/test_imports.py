@@ -30,7 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "mm.fusion": TYPES,
     "mm.decoder": TYPES,
     "mm.datasets": TYPES | {"mm.tokenizers.text"},
-    "mm.testing": TYPES | STAGES,
+    "mm.testing": USES,
     "mm.model": TYPES | STAGES | {"mm.parts", "mm.datasets.chat_template"},
     "mm.checkpoint": TYPES | STAGES | {"mm.parts", "mm.model"},
     "mm.info": NETWORK,

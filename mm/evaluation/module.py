@@ -82,6 +82,12 @@ class EvaluationModule(LightningModule):
     def on_validation_end(self) -> None:
         Console().print(score_table(self.results))
 
+    def predict_step(self, batch: Benchmark, batch_idx: int) -> dict[str, Any]:
+        """`mm predict`: the answers, written with their scores, without the controls."""
+        return evaluate(self.model, batch, output=self.output, model_path=self.path, **self.options | {"controls": False})
+
+    predict_dataloader = val_dataloader
+
     # `mm test` does the same as `mm validate`.
     test_dataloader = val_dataloader
     test_step = validation_step

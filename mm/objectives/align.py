@@ -38,6 +38,10 @@ class Align:
     ) -> None:
         self.contrastive, self.captioning, self.balance = contrastive, captioning, balance or Balance()
 
+    @property
+    def trains_embedding_head(self) -> bool:
+        return self.contrastive != "none"
+
     def __call__(self, model: MultimodalModel, batch: Batch) -> Loss:
         features = model.encode_media(batch)
         output = model(batch, features=features)
@@ -65,27 +69,29 @@ def embed_pairs(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Media (P, E) and text (P, E) unit vectors, and the padded text ids (P, T) that say which texts are the same.
 
-    A pair is a media item and the supervised tokens of its document.
+    A pair is a media item and the supervised tokens of its document. A batch without any document gives no pairs, but
+    through the same parts: the gradients of other ranks' pairs pass through this one.
     """
     head = head_of(model)
+    if not batch.media and bool(batch.document_ids.any()):
+        raise ValueError(
+            "a batch for contrastive alignment needs samples with one media item and an assistant text each"
+        )
     media, texts = [], []
-    for kind, items in batch.media.items():
-        media.append(head.embed_media(features[kind]))
+    for kind, feature in features.items():
+        media.append(head.embed_media(feature))
+        if kind not in batch.media:
+            continue
+        items = batch.media[kind]
         documents = batch.document_ids[items.rows, items.columns]
         for row, document in zip(items.rows.tolist(), documents.tolist(), strict=True):
             labels = batch.labels[row]
             texts.append(labels[(batch.document_ids[row] == document) & (labels != IGNORE)])
-    if not texts:
-        if bool(batch.document_ids.any()):
-            raise ValueError(
-                "a batch for contrastive alignment needs samples with one media item and an assistant text each"
-            )
-        none = head.text.weight.new_zeros(0, head.text.out_features)  # a rank with nothing to do
-        return none, none, batch.input_ids.new_zeros(0, 1)
-    ids = pad_sequence(texts, batch_first=True, padding_value=IGNORE)
+    ids = pad_sequence(texts or [batch.input_ids.new_zeros(1)], batch_first=True, padding_value=IGNORE)
     mask = ids != IGNORE
     hidden = model(input_ids=ids.masked_fill(~mask, 0), attention_mask=mask).hidden
-    return torch.cat(media), head.embed_text(hidden, mask), ids
+    pairs = len(texts)
+    return torch.cat(media), head.embed_text(hidden, mask)[:pairs], ids[:pairs]
 
 
 def contrastive_loss(head: EmbeddingHead, media: Tensor, text: Tensor, ids: Tensor, sigmoid: bool = False) -> Tensor:

@@ -27,6 +27,11 @@ class Loss:
 
 
 class Objective(Protocol):
+    """`trains_embedding_head` says whether the loss reaches the model's embedding head."""
+
+    @property
+    def trains_embedding_head(self) -> bool: ...
+
     def __call__(self, model: MultimodalModel, batch: Batch) -> Loss: ...
 
 

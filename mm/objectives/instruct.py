@@ -11,6 +11,8 @@ from mm.types import Batch
 class NextToken:
     """Mean cross-entropy over supervised tokens of the global batch, plus the balance losses."""
 
+    trains_embedding_head = False
+
     def __init__(self, balance: Balance | None = None) -> None:
         self.balance = balance or Balance()
 

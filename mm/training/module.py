@@ -64,11 +64,20 @@ class ObjectiveModule(pl.LightningModule):
             load_weights(self.model, init_from)
         self.objective, self.optim = objective, optim or OptimConfig()
         self.trained = freeze_all_but(self.model, train)
+        if not objective.trains_embedding_head:
+            self._freeze("embedding_head")
         self.model.train()
         self.moe = moe_layers(self.model)
         self.last_step: StepInfo | None = None
         self._count: Tensor | None = None
         self._loads: Tensor | None = None
+
+    def _freeze(self, part: str) -> None:
+        """A part that this objective never reaches: DDP would wait for its gradients."""
+        for name, parameter in self.model.named_parameters():
+            if name.startswith(part + "."):
+                parameter.requires_grad_(False)
+        self.trained = [name for name in self.trained if not name.startswith(part + ".")]
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
         loss = self.objective(self.model, batch)
@@ -105,9 +114,6 @@ class ObjectiveModule(pl.LightningModule):
         optimizer = self.optim.optimizer(self.model)
         scheduler = self.optim.scheduler(optimizer, int(self.trainer.estimated_stepping_batches))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
-        return batch.to(device, non_blocking=True)
 
     def on_fit_start(self) -> None:
         self.model.train()

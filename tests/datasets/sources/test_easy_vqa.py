@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 from PIL import Image
 
-from mm.datasets.sources.easy_vqa import EasyVQA
+from mm.datasets.sources.easy_vqa import EasyVQA, caption
 
 
 def picture(sample):
@@ -47,3 +47,28 @@ def test_easy_vqa_samples():
     assert kinds["color"] + kinds["shape"] == 2537  # the questions that need the image
     with pytest.raises(ValueError, match="'val'"):
         EasyVQA("val")  # type: ignore[arg-type]
+
+
+def test_captions_are_made_of_the_images_own_answers():
+    captions = {sample.meta["image_id"]: sample for sample in EasyVQA("test", captions=True)}
+    asked = {sample.meta["image_id"]: sample for sample in EasyVQA("test")}
+    assert 0 < len(captions) < len(asked)  # images whose questions do not tell both colour and shape are left out
+    for image, sample in asked.items():
+        told = {}
+        for branch, kind in zip(sample.branches, sample.meta["question_types"], strict=True):
+            told[kind] = branch[1]["content"]
+        assert (image in captions) == ({"color", "shape"} <= set(told))
+        if image in captions:
+            assert captions[image].messages == [
+                {"role": "user", "content": [{"type": "image", "media": 0}]},
+                {"role": "assistant", "content": f"a {told['color']} {told['shape']}"},
+            ]
+            assert captions[image].media == sample.media and captions[image].branches == []
+    assert len({sample.key for sample in captions.values()} & {sample.key for sample in asked.values()}) == 0
+
+
+def test_a_caption_needs_both_answers():
+    assert caption([("what color is the shape?", "red"), ("what shape is in the image?", "circle")]) == "a red circle"
+    assert caption([("what is the red shape?", "circle"), ("what is the color of the circle?", "red")]) == "a red circle"
+    assert caption([("what is the red shape?", "circle"), ("is there a red shape?", "yes")]) is None
+    assert caption([]) is None

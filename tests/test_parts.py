@@ -1,0 +1,126 @@
+"""Parts from configs: one line swaps a part, a mistake is named, and nobody's config runs code of its choice."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch import nn
+
+from mm.decoder.decoder import Decoder
+from mm.fusion.cross_attention import GatedCrossAttentionBridge
+from mm.fusion.projector import MLPProjector
+from mm.fusion.resampler import PerceiverResampler
+from mm.model import MultimodalModel
+from mm.parts import build
+from mm.testing import model_batch, spread, tiny_media, tiny_tokenizer
+from mm.types import Bridge, Encoder, MediaTokenizer
+
+MODEL = """
+class_path: mm.model.MultimodalModel
+init_args:
+  tokenizer: TOKENIZER
+  towers:
+    image:
+      tokenizer: {class_path: mm.tokenizers.image.ImageTokenizer, init_args: {patch: 2, max_tokens: 16}}
+      encoder: {class_path: mm.encoders.transformer.TransformerEncoder, init_args: {width: 16, layers: 1, heads: 2}}
+      bridge: BRIDGE
+  decoder:
+    class_path: mm.decoder.decoder.Decoder
+    init_args:
+      width: 24
+      cross_heads: 2
+      mixers: {full: {class_path: mm.decoder.attention.grouped.GroupedAttention, init_args: {heads: 2}}}
+      ffns: {dense: {class_path: mm.decoder.ffn.dense.GatedFFN, init_args: {hidden: 24}}}
+      layers: [{pattern: [full/dense], repeat: 2}]
+"""
+BRIDGES: dict[str, tuple[type[Bridge], int]] = {  # the one line -> what it makes, positions of an image of 4 x 4 patches
+    "{class_path: mm.fusion.projector.MLPProjector, init_args: {shuffle: [1, 2, 2]}}": (MLPProjector, 4),
+    "{class_path: mm.fusion.resampler.PerceiverResampler, init_args: {queries: 3}}": (PerceiverResampler, 3),
+    "{class_path: mm.fusion.cross_attention.GatedCrossAttentionBridge}": (GatedCrossAttentionBridge, 1),
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_tokenizer().save(tmp_path_factory.mktemp("tokenizer"))
+
+
+def config(tokenizer: Path, bridge: str) -> dict[str, Any]:
+    return yaml.safe_load(MODEL.replace("TOKENIZER", str(tokenizer)).replace("BRIDGE", bridge))
+
+
+@pytest.mark.parametrize("bridge", BRIDGES)
+def test_one_line_swaps_the_bridge(bridge: str, tokenizer: Path) -> None:
+    model = spread(build(config(tokenizer, bridge), MultimodalModel)).eval()
+    kind, positions = BRIDGES[bridge]
+    assert type(model.tower("image").bridge) is kind
+    assert model.media_specs()["image"].slot_length((1, 4, 4)) == positions
+    has_cross = any(name.endswith("cross.gate") for name, _ in model.named_parameters())
+    assert has_cross == (kind is GatedCrossAttentionBridge)
+    outputs = []
+    for seed in (0, 1):
+        media = {"image": [tiny_media(model, "image", (1, 4, 4), seed)]}
+        output = model(model_batch(model, [[(1, 0, "20"), (1, 0, "image"), (1, 0, "21")]], media))
+        assert output.logits.shape[1] == 2 + positions
+        outputs.append(output.logits[0, -1])
+    assert (outputs[0] - outputs[1]).abs().max() > 1e-3  # the text sees the image, whichever way it comes
+
+
+def test_other_kinds_of_parts_are_built_too() -> None:
+    image = {"class_path": "mm.tokenizers.image.ImageTokenizer", "init_args": {"patch": 4}}
+    tokenizer: MediaTokenizer = build(image, MediaTokenizer)
+    assert tokenizer.dim == 48
+    decoder = build(yaml.safe_load(MODEL)["init_args"]["decoder"], Decoder)
+    assert len(decoder.layers) == 2 and decoder.width == 24
+
+
+@pytest.mark.parametrize("path", ["os.system", "subprocess.Popen", "builtins.eval", "torch.hub.load", "torch.load"])
+def test_class_paths_outside_the_allowlist_are_refused_and_nothing_runs(path: str, tmp_path: Path) -> None:
+    proof = tmp_path / "proof"
+    for init_args in ({}, {"command": f"touch {proof}"}, {"args": ["touch", str(proof)]}):
+        with pytest.raises(ValueError, match=path):
+            build({"class_path": path, "init_args": init_args}, nn.Module)
+    assert not proof.exists()
+
+
+def test_a_package_that_is_not_allowed_is_not_even_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "stranger.py").write_text("import pathlib\npathlib.Path(__file__ + '.ran').touch()\nclass Part: pass\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ValueError, match=r"stranger\.Part"):
+        build({"class_path": "stranger.Part"}, nn.Module)
+    assert not (tmp_path / "stranger.py.ran").exists()
+
+
+def test_a_nested_class_path_is_checked_like_the_first(tokenizer: Path) -> None:
+    with pytest.raises(ValueError, match=r"os\.system"):
+        build(config(tokenizer, "{class_path: os.system, init_args: {command: 'true'}}"), MultimodalModel)
+
+
+@pytest.mark.parametrize(
+    ("bridge", "match"),
+    [
+        ("{class_path: mm.fusion.projector.MLPProjector, init_args: {shufle: [1, 2, 2]}}", "shufle"),
+        ("{class_path: mm.fusion.projector.MLPProjector, init_args: {shuffle: two}}", "two"),
+        ("{class_path: mm.fusion.projector.NoSuchThing}", "NoSuchThing"),
+        ("{class_path: mm.no_such_module.Thing}", "no_such_module"),
+    ],
+)
+def test_what_is_wrong_is_named(bridge: str, match: str, tokenizer: Path) -> None:
+    with pytest.raises(ValueError, match=match):
+        build(config(tokenizer, bridge), MultimodalModel)
+
+
+def test_a_part_of_another_kind_is_refused() -> None:
+    with pytest.raises(ValueError, match="MLPProjector"):
+        build({"class_path": "mm.fusion.projector.MLPProjector", "init_args": {"in_dim": 2, "out_dim": 2}}, Encoder)
+
+
+def test_built_parts_do_not_share_weights(tokenizer: Path) -> None:
+    tree = config(tokenizer, next(iter(BRIDGES)))
+    a, b = build(tree, MultimodalModel), build(tree, MultimodalModel)
+    assert not {p.data_ptr() for p in a.parameters()} & {p.data_ptr() for p in b.parameters()}
+    assert torch.isfinite(a.decoder.embed.weight).all()
