@@ -102,10 +102,18 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         rows.append(run(name, folder, options.align_steps, options.steps))
         (folder / "row.json").write_text(json.dumps(rows[-1]))
-    print(f"# torch {torch.__version__}, {torch.get_num_threads()} threads, {options.align_steps} + {options.steps} steps")
+    print(
+        f"# torch {torch.__version__}, {torch.get_num_threads()} threads, {options.align_steps} + {options.steps} steps"
+    )
     print("| " + " | ".join(rows[0]) + " |\n|" + "---|" * len(rows[0]))
     for row in rows:
-        print("| " + " | ".join(f"{v:.3f}" if isinstance(v, float) else f"{v:,}" if isinstance(v, int) else v for v in row.values()) + " |")
+        print(
+            "| "
+            + " | ".join(
+                f"{v:.3f}" if isinstance(v, float) else f"{v:,}" if isinstance(v, int) else v for v in row.values()
+            )
+            + " |"
+        )
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 from torch import nn
 
@@ -37,7 +36,9 @@ init_args:
       ffns: {dense: {class_path: mm.decoder.ffn.dense.GatedFFN, init_args: {hidden: 24}}}
       layers: [{pattern: [full/dense], repeat: 2}]
 """
-BRIDGES: dict[str, tuple[type[Bridge], int]] = {  # the one line -> what it makes, positions of an image of 4 x 4 patches
+BRIDGES: dict[
+    str, tuple[type[Bridge], int]
+] = {  # the one line -> what it makes, positions of an image of 4 x 4 patches
     "{class_path: mm.fusion.projector.MLPProjector, init_args: {shuffle: [1, 2, 2]}}": (MLPProjector, 4),
     "{class_path: mm.fusion.resampler.PerceiverResampler, init_args: {queries: 3}}": (PerceiverResampler, 3),
     "{class_path: mm.fusion.cross_attention.GatedCrossAttentionBridge}": (GatedCrossAttentionBridge, 1),
@@ -119,8 +120,8 @@ def test_a_part_of_another_kind_is_refused() -> None:
         build({"class_path": "mm.fusion.projector.MLPProjector", "init_args": {"in_dim": 2, "out_dim": 2}}, Encoder)
 
 
-def test_built_parts_do_not_share_weights(tokenizer: Path) -> None:
-    tree = config(tokenizer, next(iter(BRIDGES)))
-    a, b = build(tree, MultimodalModel), build(tree, MultimodalModel)
+def test_built_parts_do_not_share_weights() -> None:
+    tree = yaml.safe_load(MODEL)["init_args"]["decoder"]
+    tree["init_args"]["vocab_size"] = 20
+    a, b = build(tree, Decoder), build(tree, Decoder)
     assert not {p.data_ptr() for p in a.parameters()} & {p.data_ptr() for p in b.parameters()}
-    assert torch.isfinite(a.decoder.embed.weight).all()

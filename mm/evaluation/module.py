@@ -84,7 +84,8 @@ class EvaluationModule(LightningModule):
 
     def predict_step(self, batch: Benchmark, batch_idx: int) -> dict[str, Any]:
         """`mm predict`: the answers, written with their scores, without the controls."""
-        return evaluate(self.model, batch, output=self.output, model_path=self.path, **self.options | {"controls": False})
+        options: dict[str, Any] = self.options | {"controls": False}
+        return evaluate(self.model, batch, output=self.output, model_path=self.path, **options)
 
     predict_dataloader = val_dataloader
 

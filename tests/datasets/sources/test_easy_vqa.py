@@ -69,6 +69,8 @@ def test_captions_are_made_of_the_images_own_answers():
 
 def test_a_caption_needs_both_answers():
     assert caption([("what color is the shape?", "red"), ("what shape is in the image?", "circle")]) == "a red circle"
-    assert caption([("what is the red shape?", "circle"), ("what is the color of the circle?", "red")]) == "a red circle"
+    assert (
+        caption([("what is the red shape?", "circle"), ("what is the color of the circle?", "red")]) == "a red circle"
+    )
     assert caption([("what is the red shape?", "circle"), ("is there a red shape?", "yes")]) is None
     assert caption([]) is None
