@@ -129,6 +129,11 @@ def test_a_batch_is_full_packed_and_knows_its_number(shards: dict[str, DataSet])
     assert module.counts == {"samples": 36}
 
 
+def test_one_set_per_batch(shards: dict[str, DataSet]) -> None:
+    sets = [{key[0] for key in keys(batch)} for batch in batches(data(shards, one_set_per_batch=True))]
+    assert all(len(names) == 1 for names in sets) and set.union(*sets) == {"a", "b"}
+
+
 def test_an_epoch_sees_every_sample_once_and_the_next_in_another_order(shards: dict[str, DataSet]) -> None:
     loader = data(shards, max_branches=None).train_dataloader()
     stream = [loader.batches.samples[g].key for g in range(96)]
@@ -237,6 +242,15 @@ def test_weights_hold_everywhere_in_the_stream() -> None:
             assert abs(counts[name] - weight * (place + 1)) < 2  # chance would stray by tens
         if (place + 1) % 10 == 0:
             assert counts == {name: round(weight * (place + 1)) for name, weight in weights.items()}
+
+
+def test_blocks_give_whole_batches_of_one_set() -> None:
+    mixture = Mixture({"a": 10, "b": 1000}, {"a": 1, "b": 3}, block=8)
+    blocks = [[mixture[8 * number + i] for i in range(8)] for number in range(40)]
+    assert all(len({draw.name for draw in block}) == 1 for block in blocks)
+    assert sum(block[0].name == "b" for block in blocks) == 30
+    drawn = [(draw.epoch, draw.index) for block in blocks for draw in block if draw.name == "a"]
+    assert drawn == sorted(drawn, key=lambda draw: draw[0]) and len(set(drawn)) == 80  # epoch by epoch, none twice
 
 
 def test_the_mixture_is_a_function_of_seed_and_place() -> None:

@@ -173,3 +173,14 @@ def test_bad_options(options, word):
 def test_outside():
     with pytest.raises(IndexError, match="index 3 of 3"):
         VideoWorld(3)[3]
+
+
+@QUESTIONS
+def test_a_caption_tells_every_attribute(world):
+    captions = list(world(n=5, captions=True))
+    assert len(captions) == 5 == len(world(n=5, captions=True))
+    for index, sample in enumerate(captions):
+        told = sample.messages[1]["content"]
+        values = world(n=5)[index].meta["attributes"]  # the same clip, asked about
+        assert told == ", ".join(f"{name} {value}" for name, value in values.items())
+        assert sample.messages[0]["content"] == [{"type": world.kind, "media": 0}] and not sample.branches
