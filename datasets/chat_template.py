@@ -146,6 +146,10 @@ class ChatTemplate:
         """The special that closes a turn: generation stops at it."""
         return STYLES[self.style].closing
 
+    def stop_ids(self, tokenizer: Vocabulary) -> frozenset[int]:
+        """The ids that end an answer."""
+        return frozenset({tokenizer.special(self.end)})
+
     def render(self, sample: Sample, tokenizer: Vocabulary, generation_prompt: bool = False) -> Elements:
         """The elements of `sample`; `generation_prompt` opens an assistant turn after the last message.
 
@@ -153,7 +157,7 @@ class ChatTemplate:
         generation prompt on a sample that has branches or whose last message is already the assistant's.
         """
         if generation_prompt:
-            _check_prompt(sample)
+            check_prompt(sample)
         writer = _Writer(tokenizer, STYLES[self.style])
         self._write(writer, sample, sample.messages)
         if sample.branches:
@@ -186,12 +190,12 @@ class ChatTemplate:
 
     def _write(self, writer: _Writer, sample: Sample, messages: list[Message]) -> None:
         for message in messages:
-            role = _role(sample, message)
+            role = checked_role(sample, message)
             if role != writer.role:
                 if writer.role is not None:
                     writer.close()
                 writer.open(role)
-            for part in _parts(sample, message):
+            for part in checked_parts(sample, message):
                 if part["type"] == "text":
                     writer.put(writer.vocabulary.encode(part["text"]), supervised=role == "assistant")
                 else:
@@ -222,7 +226,8 @@ def _without_answer(messages: list[Message]) -> list[Message]:
     return messages[:kept]
 
 
-def _check_prompt(sample: Sample) -> None:
+def check_prompt(sample: Sample) -> None:
+    """Raises ValueError, naming the sample, unless an answer can follow it."""
     if sample.branches:
         raise ValueError(f"sample {sample.key}: a generation prompt needs one chat, not branches; use single_branch()")
     if sample.messages and sample.messages[-1].get("role") == "assistant":
@@ -232,14 +237,15 @@ def _check_prompt(sample: Sample) -> None:
         )
 
 
-def _role(sample: Sample, message: Message) -> str:
+def checked_role(sample: Sample, message: Message) -> str:
+    """The message's role. Raises ValueError, naming the sample, for an unknown one."""
     role = message.get("role")
     if role not in ROLES:
         raise ValueError(f"sample {sample.key}: role {role!r} is not one of {', '.join(ROLES)}")
     return role
 
 
-def _parts(sample: Sample, message: Message) -> Iterator[Message]:
+def checked_parts(sample: Sample, message: Message) -> Iterator[Message]:
     """The parts of a message, each checked: {"type": "text", "text": str} or {"type": kind, "media": index}."""
     content = message.get("content")
     if isinstance(content, str):

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -22,67 +24,160 @@ from mm.types import Media, MediaError, Waveform
 
 if TYPE_CHECKING:
     from PIL import Image
+    from soundfile import SoundFile
 
 MAX_PIXELS = 64_000_000  # of an image, or of one frame of a video
-MAX_SECONDS = 3_600.0  # of sound: an hour of CD audio is 1.3 GB as float32
+MAX_SECONDS = 3_600.0  # of sound
+MAX_VALUES = 320_000_000  # samples of a sound, over all channels: an hour of CD audio, 1.3 GB as float32
+BLOCK = 1 << 16  # samples of a channel that are read at a time
+STRIP_PIXELS = 1 << 20  # of an image that are converted at a time
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow's others are rare, and some start programs (EPS)
+FACTORS = (8, 4, 2)  # by which libjpeg divides a JPEG's sides at no cost; others are slower than decoding all of it
+ORIENTATION = 0x0112  # of EXIF; 1 is upright
+TURNS: dict[int, Callable[[Tensor], Tensor]] = {  # of (3, H, W), as the standard numbers them
+    2: lambda pixels: pixels.flip(2),
+    3: lambda pixels: pixels.flip(1, 2),
+    4: lambda pixels: pixels.flip(1),
+    5: lambda pixels: pixels.transpose(1, 2),
+    6: lambda pixels: pixels.transpose(1, 2).flip(2),
+    7: lambda pixels: pixels.transpose(1, 2).flip(1, 2),
+    8: lambda pixels: pixels.transpose(1, 2).flip(1),
+}
+
+
+SizeRule = Callable[[int, int], tuple[int, int]]  # (height, width) -> (height, width)
+
+
+class Probe(NamedTuple):
+    width: int  # pixels as stored; 0 for a sound
+    height: int
+    seconds: float  # 0 for an image
 
 
 def decode(
-    media: Media, max_pixels: int = MAX_PIXELS, max_seconds: float = MAX_SECONDS
+    media: Media, max_pixels: int = MAX_PIXELS, max_seconds: float = MAX_SECONDS, size_for: SizeRule | None = None
 ) -> Tensor | Waveform | VideoClip:
-    """An image as uint8 (3, H, W), audio as a Waveform, a video as an opened Clip.
+    """An image as uint8 (3, H, W), audio as a Waveform, a video as an opened Clip. `size_for`: see `decode_image`.
 
     Raises MediaError for a file that is missing, empty, a directory, not of its kind, truncated, larger than
     `max_pixels`, longer than `max_seconds` (sound), or without samples or frames.
     """
     match media.kind:
         case "image":
-            return decode_image(media, max_pixels)
+            return decode_image(media, max_pixels, size_for)
         case "audio":
             return decode_audio(media, max_seconds)
         case "video":
             return decode_video(media, max_pixels)
 
 
-def decode_image(media: Media, max_pixels: int = MAX_PIXELS) -> Tensor:
+def probe(media: Media) -> Probe:
+    """The size and length of a media file from its headers (of a video, all packets' too), without decoding it."""
+    label = _label(media)
+    if media.kind == "image":
+        with open_image(_read(media), label, MAX_PIXELS) as image:
+            return Probe(image.width, image.height, 0.0)
+    if media.kind == "video":
+        with decode_video(media) as clip:
+            return Probe(clip.size[1], clip.size[0], clip.duration)
+    import soundfile
+
+    data = _read(media)
+    try:
+        with soundfile.SoundFile(io.BytesIO(data)) as file:
+            return Probe(0, 0, file.frames / file.samplerate)
+    except soundfile.LibsndfileError:
+        samples, rate = _sound_track(data, label, MAX_SECONDS)
+        return Probe(0, 0, samples.shape[1] / rate)
+
+
+def decode_image(media: Media, max_pixels: int = MAX_PIXELS, size_for: SizeRule | None = None) -> Tensor:
     """uint8 (3, H, W), upright (EXIF orientation applied), on white where transparent; the first frame if animated.
 
-    16-bit grey is scaled to 8 bits. 32-bit and floating-point pixels have no fixed range and are refused.
+    16-bit grey is scaled to 8 bits. 32-bit and floating-point pixels have no fixed range and are refused. With
+    `size_for`, which says what size an upright image of height and width will be resized to, a JPEG is decoded at a
+    half, a quarter or an eighth of its size where that is still as large: most of a photograph is never computed.
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    label, data = _label(media), _read(media)
+    with open_image(data, label, max_pixels) as image:
+        pixels = _jpeg(image, data, size_for) if image.format == "JPEG" and image.mode in ("RGB", "L") else None
+        if pixels is None:
+            image.load()
+            pixels = _pixels(image, label)
+        turn = image.getexif().get(ORIENTATION, 1)  # after loading: Pillow turns a TIFF itself while it loads it
+    return TURNS[turn](pixels).contiguous() if turn in TURNS else pixels
 
-    label = _label(media)
-    data = _read(media)
+
+@contextmanager
+def open_image(data: bytes, label: str, max_pixels: int) -> Iterator[Image.Image]:
+    """Pillow's view of an image file of one of FORMATS, its size checked, its pixels not loaded yet.
+
+    Whatever Pillow raises inside the `with` becomes a MediaError.
+    """
+    from PIL import Image, UnidentifiedImageError
+
     with codec_errors(label, "is a damaged or truncated image"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\.")  # odd tags and the like: what matters is whether it opens
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
-            image = Image.open(io.BytesIO(data))
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
         except UnidentifiedImageError as error:
-            raise MediaError(f"{label} is not an image that can be read (PNG, JPEG, WebP, GIF, TIFF, ...)") from error
+            raise MediaError(f"{label} is not an image that can be read ({', '.join(FORMATS)})") from error
         except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
             raise MediaError(f"{label} has more pixels than Pillow opens ({Image.MAX_IMAGE_PIXELS:,})") from error
         with image:
             if image.width * image.height > max_pixels:
                 raise MediaError(f"{label} has {image.width} x {image.height} pixels, more than {max_pixels:,}")
-            image.load()
-            return _pixels(ImageOps.exif_transpose(image), label)
+            yield image
+
+
+def _jpeg(image: Image.Image, data: bytes, size_for: SizeRule | None) -> Tensor | None:
+    """What Pillow would give, bit for bit, in half its time; None where the file is not quite as it should be, which is
+    then for Pillow to judge."""
+    import simplejpeg
+
+    factor = 1
+    if size_for is not None:
+        upright = image.size if image.getexif().get(ORIENTATION, 1) >= 5 else image.size[::-1]
+        room = min(have / want for have, want in zip(upright, size_for(*upright), strict=True))
+        factor = next((factor for factor in FACTORS if room >= factor), 1)
+    height, width = (-(-side // factor) for side in image.size[::-1])
+    try:
+        pixels = simplejpeg.decode_jpeg(data, "RGB", min_height=height, min_width=width, min_factor=factor)
+    except ValueError:
+        return None
+    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def _pixels(image: Image.Image, label: str) -> Tensor:
-    """A loaded Pillow image of any mode -> uint8 (3, H, W)."""
-    from PIL import Image
-
+    """A loaded Pillow image of any mode -> uint8 (3, H, W), some rows at a time: Pillow's own conversions of a whole
+    image would take several times its size in memory."""
     if image.mode == "F":
         raise MediaError(f"{label} has floating-point pixels of no known range: convert it to 8 or 16 bits")
+    transparent = image.has_transparency_data
+    # In memory as Pillow has it, colours innermost: nothing is rearranged, and resizing is faster so.
+    pixels = np.empty((image.height, image.width, 3), np.uint8)
+    rows = max(1, STRIP_PIXELS // max(1, image.width))
+    for top in range(0, image.height, rows):
+        bottom = min(top + rows, image.height)
+        strip = image if bottom - top == image.height else image.crop((0, top, image.width, bottom))
+        pixels[top:bottom] = _strip(strip, transparent, label)
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def _strip(image: Image.Image, transparent: bool, label: str) -> np.ndarray:
+    """uint8, of a shape that fills (H, W, 3)."""
+    from PIL import Image
+
     if image.mode.startswith("I"):  # Pillow's own conversion would clip everything above 255 to white
         wide = np.asarray(image).astype(np.int64)
         if wide.min() < 0 or wide.max() > 65_535:
             raise MediaError(f"{label} has 32-bit pixels of no known range: convert it to 8 or 16 bits")
-        return torch.from_numpy(((wide + 128) // 257).astype(np.uint8)).repeat(3, 1, 1)
-    if image.has_transparency_data:
+        return ((wide + 128) // 257).astype(np.uint8)[:, :, None]
+    if transparent:
         layer = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
+    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def decode_audio(media: Media, max_seconds: float = MAX_SECONDS) -> Waveform:
@@ -102,16 +197,18 @@ def decode_audio(media: Media, max_seconds: float = MAX_SECONDS) -> Waveform:
     else:
         with file, codec_errors(label, "is a damaged or truncated sound"):
             rate = int(file.samplerate)
-            _check_length(file.frames, rate, max_seconds, label)
-            samples = file.read(dtype="float32", always_2d=True).T
+            _check_length(file.frames, file.channels, rate, max_seconds, label)
+            samples = _blocks(file)
             if samples.shape[1] < file.frames or _cut_short(data):
                 raise MediaError(f"{label} is truncated: the file ends before its sound does")
     if samples.size == 0:
         raise MediaError(f"{label} has no sound: 0 samples")
     if not np.isfinite(samples).all():
         raise MediaError(f"{label} has samples that are not finite numbers")
-    peak = max(1.0, float(np.abs(samples).max()))
-    return Waveform(torch.from_numpy(np.ascontiguousarray(samples / np.float32(peak))), rate)
+    peak = max(float(samples.max()), -float(samples.min()))
+    if peak > 1:
+        samples = samples / np.float32(peak)
+    return Waveform(torch.from_numpy(np.ascontiguousarray(samples)), rate)
 
 
 def _sound_track(data: bytes, label: str, max_seconds: float) -> tuple[np.ndarray, int]:
@@ -131,7 +228,7 @@ def _sound_track(data: bytes, label: str, max_seconds: float) -> tuple[np.ndarra
             frames = [block for frame in packet.decode() for block in planar.resample(frame)]
             blocks += [frame.to_ndarray() for frame in frames]
             total += sum(frame.samples for frame in frames)
-            _check_length(total, stream.rate, max_seconds, label)
+            _check_length(total, stream.channels, stream.rate, max_seconds, label)
         return np.concatenate(blocks, axis=1), int(stream.rate)
 
 
@@ -172,9 +269,19 @@ def _check_file(path: Path, label: str) -> None:
         raise MediaError(f"{label} is empty")
 
 
-def _check_length(samples: int, rate: int, max_seconds: float, label: str) -> None:
+def _blocks(file: SoundFile) -> np.ndarray:
+    """(C, S) float32 of what is there: a damaged header may claim more, which must not be allocated."""
+    blocks = []
+    while len(block := file.read(BLOCK, dtype="float32", always_2d=True)):
+        blocks.append(block.T)
+    return np.concatenate(blocks, axis=1) if blocks else np.empty((file.channels, 0), np.float32)
+
+
+def _check_length(samples: int, channels: int, rate: int, max_seconds: float, label: str) -> None:
     if samples > max_seconds * rate:
-        raise MediaError(f"{label} lasts {samples / rate:.0f} s or more, longer than {max_seconds:g} s")
+        raise MediaError(f"{label} lasts {samples / max(1, rate):.0f} s or more, longer than {max_seconds:g} s")
+    if samples * channels > MAX_VALUES:
+        raise MediaError(f"{label} has {samples * channels:,} samples in {channels} channels, more than {MAX_VALUES:,}")
 
 
 def _cut_short(data: bytes) -> bool:

@@ -9,6 +9,7 @@ from bisect import bisect_left, insort
 from collections import Counter, defaultdict
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,51 +24,71 @@ class PackedBatch(Batch):
     """A batch that knows its place in the stream and what was left out of it.
 
     number  place in the stream of batches
-    counts  "samples" seen, and what did not fit: "dropped_samples", "dropped_branches", "dropped_turns",
-            "dropped_media"
+    keys    of its samples, in the order of the stream (rows are in the order of packing)
+    counts  "samples" seen, "bad_samples", and what did not fit: "dropped_samples", "dropped_branches",
+            "dropped_turns", "dropped_media"
+    bad     the samples that could not be used: "shard", "offset", "key" and "cause" of each
     """
 
     number: int = 0
+    keys: list[str] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)
+    bad: list[dict[str, Any]] = field(default_factory=list)
 
 
-def best_fit(lengths: Seq[int], capacity: int) -> list[list[int]]:
+def best_fit(
+    lengths: Seq[int], capacity: int, media: Seq[int] | None = None, budget: int | None = None
+) -> list[list[int]]:
     """Indices of `lengths` in bins of at most `capacity`: the longest first, each into the fullest bin that takes it.
 
-    Best-fit decreasing (Johnson 1973: at most 11/9 of the optimal number of bins, plus 4). Deterministic; bins and
-    their contents are in the order of arrival. Every length must fit a bin.
+    With a `budget`, a bin takes no more than that of `media` either. Best-fit decreasing (Johnson 1973: at most 11/9 of
+    the optimal number of bins, plus 4, without a budget). Deterministic; bins and their contents are in the order of
+    arrival. Every item must fit a bin of its own.
     """
+    weights = media if media is not None and budget is not None else [0] * len(lengths)
     bins: list[list[int]] = []
+    left: list[int] = []  # of the budget, per bin
     room: list[tuple[int, int]] = []  # (space left, bin), ascending
-    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], -weights[i], i)):
         place = bisect_left(room, (lengths[index], -1))
+        while place < len(room) and left[room[place][1]] < weights[index]:
+            place += 1
         if place == len(room):
             space, chosen = capacity, len(bins)
             bins.append([])
+            left.append(budget or 0)
         else:
             space, chosen = room.pop(place)
         bins[chosen].append(index)
+        left[chosen] -= weights[index]
         insort(room, (space - lengths[index], chosen))
     return sorted(sorted(members) for members in bins)
 
 
-def pack(encoded: Seq[Encoded], row_length: int) -> list[list[Encoded]]:
+def pack(encoded: Seq[Encoded], row_length: int, media_budget: int | None = None) -> list[list[Encoded]]:
     """As few rows of at most `row_length` decoder positions as best fit finds, and then as even as it finds them.
 
     `encoded` is the whole look-ahead. Even rows matter because a batch is padded to its longest: the smallest capacity
-    that takes no more rows leaves the least padding.
+    that takes no more rows leaves the least padding. `media_budget` bounds the media tokens of a row before the bridge,
+    which a resampler makes few for the decoder and not for the encoder.
 
-    Raises ValueError, naming the sample, for one longer than a row.
+    Raises ValueError, naming the sample, for one that a row cannot take.
     """
     for item in encoded:
         if item.length > row_length:
             raise ValueError(f"sample {item.sample.key} takes {item.length} positions; a row has {row_length}")
-    lengths = [item.length for item in encoded]
-    rows = best_fit(lengths, row_length)
-    low, high = max(*lengths, -(-sum(lengths) // len(rows))) if rows else row_length, row_length
+        if media_budget is not None and item.media_tokens > media_budget:
+            raise ValueError(
+                f"sample {item.sample.key} has {item.media_tokens} media tokens; a row takes {media_budget}"
+            )
+    if not encoded:
+        return []
+    lengths, media = [item.length for item in encoded], [item.media_tokens for item in encoded]
+    rows = best_fit(lengths, row_length, media, media_budget)
+    low, high = max(*lengths, -(-sum(lengths) // len(rows))), row_length
     while low < high:
         middle = (low + high) // 2
-        tighter = best_fit(lengths, middle)
+        tighter = best_fit(lengths, middle, media, media_budget)
         if len(tighter) <= len(rows):
             rows, high = tighter, middle
         else:

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from mm.datasets.chat_template import ChatTemplate, Elements, Slot, Turn, Vocabulary
-from mm.datasets.decode import decode
-from mm.types import MediaSpec, Sample, Tokens
+from mm.datasets.decode import SizeRule, decode
+from mm.types import Media, MediaSpec, Sample, Tokens
 
 
 @dataclass
@@ -49,6 +49,15 @@ class Encoded:
     length: int
     dropped: Counter[str] = field(default_factory=Counter)
     fits: bool = True
+
+    @property
+    def media_tokens(self) -> int:
+        """What the encoders read: tokens of all media, before any bridge."""
+        return sum(len(item.tokens) for item in self.media)
+
+
+class NoTower(ValueError):
+    """The data has a kind of media that the model does not take: the config is wrong, not the sample."""
 
 
 class _Remembering:
@@ -96,7 +105,7 @@ class Processor:
 
     def encode(self, sample: Sample, generation_prompt: bool = False) -> Encoded:
         """Raises MediaError for media that cannot be read, and ValueError, naming the sample, for one that the template
-        refuses, a kind of media that the model does not take, and a generation prompt that does not fit.
+        refuses, a kind of media that the model does not take (NoTower), and a generation prompt that does not fit.
         """
         elements = self.template.render(sample, self.tokenizer, generation_prompt)
         decoded = self._decode(sample, elements.slots)
@@ -128,11 +137,15 @@ class Processor:
         """Index -> decoded media, each item once however many slots show it."""
         for slot in slots:
             if slot.kind not in self.specs:
-                raise ValueError(
+                raise NoTower(
                     f"sample {sample.key}: {sample.media[slot.media].name} is {slot.kind}, but the model takes "
                     f"{', '.join(self.specs) or 'text only'}; add a tower for it"
                 )
-        return {index: decode(sample.media[index]) for index in dict.fromkeys(slot.media for slot in slots)}
+        return {index: self._decode_one(sample.media[index]) for index in dict.fromkeys(slot.media for slot in slots)}
+
+    def _decode_one(self, media: Media) -> Any:
+        size_for: SizeRule | None = getattr(self.specs[media.kind].tokenizer, "size_for", None)
+        return decode(media, size_for=size_for)
 
     def _slot_length(self, slot: Slot, decoded: dict[int, Any]) -> int:
         spec = self.specs[slot.kind]

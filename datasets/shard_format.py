@@ -1,68 +1,142 @@
-"""The bytes of shards: a sample as tar members, the index of a tar, and files that are written whole or not at all."""
+"""The bytes of shards: a sample as tar members, the index of a tar, and files that are written whole or not at all.
+
+A tar may come from anybody. Members are regular files of known kinds within the tar, sizes are checked before anything
+is copied, and nothing in a member is ever run or unpickled.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
 import re
 import tarfile
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path, PurePath
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from mm.datasets.foreign import sample_of_files
 from mm.datasets.source import SUFFIXES
-from mm.types import Media, Sample
+from mm.types import KINDS, Media, Sample
 
 KEY = re.compile(r"[A-Za-z0-9_-]{1,64}")  # no dot: WebDataset takes what follows the first one as the extension
+FOREIGN_KEY = re.compile(r"(?=.{1,64}\Z)[A-Za-z0-9_-]+(/[A-Za-z0-9_-]+)*")  # tars of others may have folders in them
+TEXTS = (".json", ".txt", ".cls")
 INDEX_DTYPE = np.dtype([("key", "S64"), ("offset", "<u8"), ("length", "<u8"), ("crc", "<u4")])
 BLOCK = 512  # bytes of a tar header, and the multiple that members are padded to
 TAR_END = bytes(2 * BLOCK)
+MAX_SAMPLE_BYTES = 512 * 2**20  # a sample is held in memory whole
+NOT_FILES = {b"1": "a hard link", b"2": "a symbolic link", b"3": "a device", b"4": "a device", b"6": "a pipe"}
 
 
-def encode_sample(sample: Sample) -> bytes:
-    """The tar members of one sample: its JSON, then its media. Same sample, same bytes.
+class Member(NamedTuple):
+    name: str
+    header: int  # offset of its first header block
+    start: int  # offset of its content
+    size: int
 
-    Raises ValueError for a key that does not match KEY and for media without a suffix of their kind; OSError passes
-    through from media that are paths.
+    @property
+    def end(self) -> int:
+        return self.start + self.size + -self.size % BLOCK
+
+
+def encode_sample(sample: Sample) -> list[bytes]:
+    """The tar members of one sample, in parts to be written one after another: its JSON, then its media.
+
+    Same sample, same bytes. Raises ValueError for a key that does not match KEY, media without a suffix of their kind
+    and a sample of more than MAX_SAMPLE_BYTES; OSError passes through from media that are paths.
     """
     if not KEY.fullmatch(sample.key):
         raise ValueError(f"sample key {sample.key!r}: use 1 to 64 letters, digits, '_' and '-'")
-    media, members = [], []
+    _check_size(sample)
+    media, parts = [], []
     for index, item in enumerate(sample.media):
         suffix = PurePath(item.name).suffix.lower()
         if SUFFIXES.get(suffix) != item.kind:
             raise ValueError(f"sample {sample.key}: medium {item.name!r} has no suffix of kind {item.kind}")
         data = item.data if isinstance(item.data, bytes) else item.data.read_bytes()
         media.append({"kind": item.kind, "name": item.name, "file": f"{index}{suffix}"})
-        members.append((f"{sample.key}.{index}{suffix}", data))
+        parts += _member(f"{sample.key}.{index}{suffix}", data)
     described = {"messages": sample.messages, "branches": sample.branches, "meta": sample.meta, "media": media}
-    text = json.dumps(described, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
-    return b"".join(_member(name, data) for name, data in [(f"{sample.key}.json", text), *members])
+    text = json.dumps(described, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return [*_member(f"{sample.key}.json", text.encode("utf-8")), *parts]
 
 
 def decode_sample(key: str, data: bytes, where: str = "sample") -> Sample:
-    """The sample in the tar members `data`. Raises ValueError, beginning with `where`, for anything else."""
-    files = dict(_members(data, where))
-    if f"{key}.json" not in files:
-        raise ValueError(f"{where}: no member {key}.json")
-    described = json.loads(files[f"{key}.json"])
-    media = []
-    for item in described["media"]:
-        name = f"{key}.{item['file']}"
-        if name not in files:
-            raise ValueError(f"{where}: no member {name}")
-        media.append(Media(item["kind"], files[name], item["name"]))
+    """The sample in the tar members `data`; one that others wrote is read as `mm.datasets.foreign` says.
+
+    Raises ValueError, beginning with `where`, for anything else.
+    """
+    files: dict[str, bytes] = {}
+    end = 0
+    for member in members(data, where):
+        files[member.name] = data[member.start : member.start + member.size]
+        end = member.end
+    if end != len(data):
+        raise ValueError(f"{where}: no tar header at byte {end} of the sample")
+    beginning = f"{key}."
+    for name in files:
+        if not name.startswith(beginning):
+            raise ValueError(f"{where}: member {name!r} is not of sample {key!r}")
+    described = _json(files, f"{key}.json", where)
+    if not isinstance(described, dict) or not described.keys() >= {"messages", "media", "branches", "meta"}:
+        inner = {name.removeprefix(beginning): content for name, content in files.items()}
+        for name in inner:
+            check_suffix(name, f"{where}: member '{key}.{name}'")
+        return sample_of_files(key, inner, where)
+    media = [_medium(item, key, files, where) for item in described["media"]]
     return Sample(key, described["messages"], media, described["branches"], described["meta"])
+
+
+def members(data: bytes | mmap.mmap, where: str) -> Iterator[Member]:
+    """The regular members of a tar, up to its end or that of `data`; `tarfile` is four times as slow.
+
+    Directories are passed over. Raises ValueError, beginning with `where`, for links, devices and pipes, by name, for a
+    member that claims to be longer than the tar, and for what is no tar header.
+    """
+    offset = begin = 0
+    extended: dict[str, str] = {}  # what a PAX or GNU header says of the next member
+    while offset + BLOCK <= len(data):
+        header = data[offset : offset + BLOCK]
+        if header[0] == 0:
+            if header == TAR_END[:BLOCK]:
+                return
+            raise ValueError(f"{where}: no tar header at byte {offset}")
+        name, size, kind = _header(header, where, offset)
+        name, size = extended.get("path", name), int(extended.get("size", size))
+        start = offset + BLOCK
+        offset = start + size + -size % BLOCK
+        if offset > len(data):
+            raise ValueError(
+                f"{where}: member {name!r} claims {size:,} bytes, of which {len(data) - start:,} are there"
+            )
+        if kind in (b"0", b"\0"):
+            yield Member(name, begin, start, size)
+        elif kind in (b"x", b"g", b"L"):
+            extended |= _extended(data[start : start + min(size, 1 << 16)], kind, where)
+            continue
+        elif kind != b"5":
+            what = NOT_FILES.get(kind, f"of type {kind!r}")
+            raise ValueError(f"{where}: member {name!r} is not a regular file but {what}")
+        begin, extended = offset, {}
+
+
+def check_suffix(name: str, where: str) -> None:
+    """Raises ValueError, beginning with `where`, for a member of a kind that is not read."""
+    suffix = PurePath(f"x.{name}").suffix.lower()
+    if suffix not in SUFFIXES and suffix not in TEXTS:
+        raise ValueError(f"{where}: {suffix!r} is not read: media, {', '.join(TEXTS)} are (a pickle could run code)")
 
 
 def read_index(path: Path) -> np.ndarray:
     """(S,) of INDEX_DTYPE, memory-mapped. Raises ValueError naming a file that is no index."""
     try:
         entries = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
+    except (ValueError, EOFError, OSError, SyntaxError) as error:
         raise ValueError(f"{path}: not an index of shards ({error}); write the shards again") from None
     if entries.dtype != INDEX_DTYPE or entries.ndim != 1:
         raise ValueError(f"{path}: not an index of shards; write the shards again")
@@ -88,34 +162,85 @@ def write_file(path: Path, parts: Iterable[bytes]) -> str:
         with suppress(FileNotFoundError):
             partial.unlink()
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    sync_folder(path.parent)
     return digest.hexdigest()
 
 
-def _member(name: str, data: bytes) -> bytes:
+def sync_folder(folder: Path) -> None:
+    """Makes the renames in a folder last."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _check_size(sample: Sample) -> None:
+    size = sum(len(m.data) if isinstance(m.data, bytes) else m.data.stat().st_size for m in sample.media)
+    if size > MAX_SAMPLE_BYTES:
+        raise ValueError(f"sample {sample.key}: {size:,} bytes of media, more than {MAX_SAMPLE_BYTES:,}; cut them")
+
+
+def _member(name: str, data: bytes) -> list[bytes]:
     """One tar member with a header that depends on nothing but name and size."""
     header = tarfile.TarInfo(name)
     header.size = len(data)
-    return header.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % BLOCK)
+    return [header.tobuf(tarfile.USTAR_FORMAT), data, bytes(-len(data) % BLOCK)]
 
 
-def _members(data: bytes, where: str) -> Iterator[tuple[str, bytes]]:
-    """(name, content) of the tar members in `data`, which must be regular files. `tarfile` is four times as slow."""
-    offset = 0
-    while offset < len(data):
-        header = data[offset : offset + BLOCK]
-        name, kind = header[:100].rstrip(b"\0"), header[156:157]
-        try:
-            size = int(header[124:136].rstrip(b"\0 "), 8)
-            text = name.decode()
-        except ValueError:
-            raise ValueError(f"{where}: no tar header at byte {offset} of the sample") from None
-        offset += BLOCK
-        if kind not in (b"0", b"\0") or offset + size > len(data):
-            raise ValueError(f"{where}: member {text!r} is not a regular file within the sample")
-        yield text, data[offset : offset + size]
-        offset += size + -size % BLOCK
+def _header(header: bytes, where: str, offset: int) -> tuple[str, int, bytes]:
+    """(name, size, type) of a header block."""
+    try:
+        name = header[:100].rstrip(b"\0").decode()
+        if header[345] and header[257:262] == b"ustar" and header[262:263] != b" ":
+            name = f"{header[345:500].rstrip(bytes(1)).decode()}/{name}"
+        if header[124] & 0x80:  # base 256, for what eight octal digits cannot say
+            size = int.from_bytes(header[125:136], "big")
+        else:
+            size = int(header[124:136].rstrip(b"\0 ") or b"0", 8)
+    except ValueError:
+        raise ValueError(f"{where}: no tar header at byte {offset} of the sample") from None
+    if size < 0:
+        raise ValueError(f"{where}: member {name!r} claims {size:,} bytes")
+    return name, size, header[156:157]
+
+
+def _extended(data: bytes, kind: bytes, where: str) -> dict[str, str]:
+    """`path` and `size` in a PAX header ("LENGTH KEY=VALUE\\n", ...), or the path that a GNU header is."""
+    try:
+        if kind == b"L":
+            return {"path": data.rstrip(b"\0").decode()}
+        found = {}
+        while data.rstrip(b"\0"):
+            length = int(data[: data.index(b" ")])
+            key, value = data[data.index(b" ") + 1 : length - 1].split(b"=", 1)
+            if length < 5 or data[length - 1 : length] != b"\n":
+                raise ValueError("no record")
+            if kind == b"x" and key in (b"path", b"size"):
+                found[key.decode()] = str(int(value)) if key == b"size" else value.decode()
+            data = data[length:]
+        return found
+    except ValueError:
+        raise ValueError(f"{where}: a tar header of type {kind.decode()!r} that cannot be read") from None
+
+
+def _json(files: dict[str, bytes], name: str, where: str) -> Any:
+    if name not in files:
+        return None
+    try:
+        return json.loads(files[name])
+    except (ValueError, RecursionError):
+        raise ValueError(f"{where}: member {name!r} is not JSON") from None
+
+
+def _medium(item: Any, key: str, files: dict[str, bytes], where: str) -> Media:
+    try:
+        kind, name, file = item["kind"], item["name"], item["file"]
+        known = kind in KINDS and isinstance(name, str) and SUFFIXES.get(PurePath(f"x.{file}").suffix.lower()) == kind
+    except (TypeError, KeyError):
+        known, kind, name, file = False, "", "", ""
+    if not known:
+        raise ValueError(f"{where}: member '{key}.json': not a medium of a known kind: {item!r:.80}")
+    if f"{key}.{file}" not in files:
+        raise ValueError(f"{where}: no member {key}.{file}")
+    return Media(kind, files[f"{key}.{file}"], name)

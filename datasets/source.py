@@ -11,16 +11,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from mm.types import Kind, Media, Sample
 
 Record = TypeVar("Record")
 
+SMALL = 256 * 2**20  # bytes of a file that may be read whole, or hashed whole
+MAX_LINE = 256 * 2**20  # bytes of one line of a JSONL file
 SUFFIXES: dict[str, Kind] = {
     **dict.fromkeys((".png", ".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff"), "image"),
     **dict.fromkeys((".wav", ".flac", ".ogg", ".opus", ".mp3", ".m4a", ".aac"), "audio"),
@@ -154,6 +157,42 @@ def field(record: Any, name: str, kind: type | tuple[type, ...], where: str) -> 
     return value
 
 
+def read_items(path: Path, key: str | None = None) -> Iterator[Any]:
+    """The items of the list that a JSON file is, or has under `key`, one at a time: files may be larger than memory.
+
+    Raises ValueError naming the file, and the line of a syntax error where the file is small enough to be read again.
+    """
+    import ijson
+
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    with path.open("rb") as file:
+        try:
+            empty = True
+            for item in ijson.items(file, "item" if key is None else f"{key}.item", use_float=True):
+                empty = False
+                yield item
+            if empty and key is not None:
+                file.seek(0)
+                if not any(event == ("", "map_key", key) for event in ijson.parse(file)):
+                    raise ValueError(f"{path}: key {key!r} is missing")
+        except (ijson.JSONError, UnicodeDecodeError) as error:
+            if path.stat().st_size < SMALL:
+                read_json(path)
+            raise ValueError(f"{path}: not JSON ({str(error).splitlines()[0]})") from None
+
+
+def read_value(path: Path, key: str, default: Any) -> Any:
+    """`key` of the object that a JSON file is, without reading on behind it. Raises ValueError as `read_items`."""
+    import ijson
+
+    with path.open("rb") as file:
+        try:
+            return next(iter(ijson.items(file, key, use_float=True)), default)
+        except (ijson.JSONError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path}: not JSON ({str(error).splitlines()[0]})") from None
+
+
 def read_json(path: Path) -> Any:
     """The content of a JSON file. Raises ValueError naming the file, and the line of a syntax error."""
     if not path.is_file():
@@ -164,6 +203,89 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path}: line {error.lineno}: not JSON ({error.msg})") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text (byte {error.start})") from None
+
+
+class Line(NamedTuple):
+    """A line of a text file by its place, so that records stay small however long lines are."""
+
+    path: Path
+    number: int  # from 1
+    offset: int
+    length: int
+
+    @property
+    def where(self) -> str:
+        return f"{self.path}: line {self.number}"
+
+    def read(self) -> bytes:
+        if self.length > MAX_LINE:
+            raise ValueError(f"{self.where}: {self.length:,} bytes, more than {MAX_LINE:,}")
+        with self.path.open("rb") as file:
+            file.seek(self.offset)
+            return file.read(self.length)
+
+    def json(self) -> dict[str, Any]:
+        """The JSON object in the line. Raises ValueError naming file and line."""
+        try:
+            value = json.loads(self.read())
+        except UnicodeDecodeError:
+            raise ValueError(f"{self.where}: not UTF-8 text") from None
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise ValueError(f"{self.where}: not JSON ({error})") from None
+        if not isinstance(value, dict):
+            raise ValueError(f"{self.where}: expected an object, got {value!r:.80}")
+        return value
+
+
+def lines(path: Path) -> Iterator[Line]:
+    """The lines of a file that are not blank. Raises ValueError if there is no such file."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    offset = 0
+    with path.open("rb") as file:
+        for number, text in enumerate(file, start=1):
+            if text.strip():
+                yield Line(path, number, offset, len(text))
+            offset += len(text)
+
+
+def marked_parts(text: str, marks: Mapping[str, Kind], taken: dict[str, int], media: Sequence[Media]) -> Any:
+    """A turn's text with marks such as "<image>" as a list of parts: each mark is the next medium of its kind.
+
+    `taken` counts, for each kind, those that earlier turns have used. Marks of kinds that the sample has none of are
+    ordinary text. The line break that sets a mark off goes with it. Text without marks comes back as it is.
+    """
+    places = {kind: [i for i, item in enumerate(media) if item.kind == kind] for kind in set(marks.values())}
+    wanted = [mark for mark, kind in marks.items() if places[kind]]
+    pattern = "|".join(map(re.escape, wanted))
+    if not wanted or not re.search(pattern, text):
+        return text
+    parts: list[dict[str, Any]] = []
+    pieces = re.split(f"({pattern})", text)
+    for index, piece in enumerate(pieces):
+        if index % 2:
+            kind = marks[piece]
+            number = taken[kind] = taken.get(kind, 0) + 1
+            parts.append({"type": kind, "media": places[kind][number - 1] if number <= len(places[kind]) else -1})
+            continue
+        piece = piece.removeprefix("\n") if index else piece
+        piece = piece.removesuffix("\n") if index < len(pieces) - 1 else piece
+        if piece:
+            parts.append({"type": "text", "text": piece})
+    return parts
+
+
+def fingerprint_file(path: Path) -> str:
+    """Tells a file from a changed one: its SHA-256, or for a large one that of its size and of 64 places in it."""
+    size = path.stat().st_size
+    if size <= SMALL:
+        return sha256_file(path)
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        for place in range(64):
+            file.seek(min(size - (1 << 16), place * (size // 63)))
+            digest.update(file.read(1 << 16))
+    return f"sampled:{digest.hexdigest()}"
 
 
 def sha256_file(path: Path) -> str:

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 # Containers that hold their own data. Playlists (HLS, ffconcat, DASH, ...) make FFmpeg open other files and addresses,
 # which a media file must never do.
+MAX_FRAMES = 500_000  # 4.6 hours at 30 a second: the times of all are held in memory
+MAX_SECONDS = 6 * 3_600.0
 _FORMATS = "mov,matroska,avi,flv,mpeg,mpegts,asf,ogg,gif,apng,mp3,aac,ac3,wav,w64,flac,aiff,caf,amr,wv"
 
 
@@ -39,15 +41,19 @@ class VideoClip:
     times     seconds of every frame after the first frame's, ascending
 
     Time 0 is the first frame, wherever the file's own clock starts. Raises MediaError, naming the file, when it is not
-    a video, is truncated, has no frames, has frames of more than `max_pixels`, or fails to decode later on.
+    a video, is truncated, has no frames, has frames of more than `max_pixels`, has more than MAX_FRAMES or MAX_SECONDS
+    of them, or fails to decode later on.
     """
 
     def __init__(self, source: str | IO[bytes], label: str, max_pixels: int) -> None:
         self._label = label
+        from av.video.reformatter import VideoReformatter
+
         with codec_errors(label, "is not a video that can be read, or is damaged"):
             self._container = open_container(source)
             self._stream = self._find_stream(max_pixels)
             self._index_packets()
+        self._converter = VideoReformatter()
         self._playing: Iterator[tuple[int, VideoFrame]] = iter(())
         self._current: tuple[int, VideoFrame] | None = None  # the last frame decoded, and its time
         first = self._decode(self._stamps[0])
@@ -103,6 +109,8 @@ class VideoClip:
                 raise MediaError(f"{self._label} is truncated or damaged after {len(decoded)} frames")
             stamp, decoding = _stamps(packet)
             decoded.append(decoding)
+            if len(decoded) > MAX_FRAMES:
+                raise MediaError(f"{self._label} has more than {MAX_FRAMES:,} frames; cut it into pieces")
             stamped &= packet.pts is not None
             if packet.is_keyframe:
                 self._keys.append((stamp, decoding))
@@ -123,6 +131,8 @@ class VideoClip:
         self.times = [(stamp - self._stamps[0]) * unit for stamp in self._stamps]
         length = self._stamps[-1] - self._stamps[0]
         self.duration = (length + (shown[-1][1] or length / max(1, len(shown) - 1))) * unit
+        if not 0 <= self.duration <= MAX_SECONDS:
+            raise MediaError(f"{self._label} lasts {self.duration:.0f} s, more than {MAX_SECONDS:g}; cut it up")
 
     def _decode(self, stamp: int) -> VideoFrame:
         """The frame shown at `stamp`: decoded from where decoding stands, or from the keyframe before it."""
@@ -161,7 +171,8 @@ class VideoClip:
 
     def _pixels(self, frame: VideoFrame) -> Tensor:
         height, width = self._coded_size  # a frame of another size, where a stream changes its own, is resized
-        rgb = frame.to_ndarray(format="rgb24", height=height, width=width)
+        # One converter for the clip: a new one a frame, with threads of its own, takes longer than decoding.
+        rgb = self._converter.reformat(frame, format="rgb24", height=height, width=width, threads=1).to_ndarray()
         return torch.from_numpy(np.rot90(rgb, self._quarter_turns).copy()).permute(2, 0, 1)
 
 

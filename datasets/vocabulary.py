@@ -6,7 +6,8 @@ import argparse
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from mm.datasets.shards import MANIFEST, ShardDataset
+from mm.datasets.manifest import MANIFEST
+from mm.datasets.shard_reader import ShardDataset
 from mm.tokenizers.text import TextTokenizer
 from mm.types import Sample
 

@@ -1,7 +1,7 @@
 """A model as a directory that anyone can read: weights, config, tokenizer, and a manifest of their hashes.
 
     model.safetensors (or model-00001-of-00003.safetensors ... and an index)
-    config.yaml   tokenizer.json   manifest.json
+    config.yaml   tokenizer.json   manifest.json   (family.json, for a model that came from a published checkpoint)
 
 Files are written beside their final name, synced and renamed, the manifest last: a directory with a manifest is whole.
 """
@@ -27,6 +27,9 @@ from mm.model import MultimodalModel
 from mm.parts import build
 
 SHARD_BYTES = 4 * 2**30
+FORMAT = "mm-model-2"
+UNSEALED = "mm-model-1"  # the same without the hash of the manifest itself: still read
+BLANK = "0" * 64
 
 
 def save(model: MultimodalModel, path: str | Path) -> None:
@@ -38,40 +41,71 @@ def save(model: MultimodalModel, path: str | Path) -> None:
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     (path / "manifest.json").unlink(missing_ok=True)
-    config = {
-        "class_path": model.config["class_path"],
-        "init_args": dict(model.config["init_args"], tokenizer="tokenizer.json"),
-    }
+    arguments = dict(model.config["init_args"], **({"tokenizer": "tokenizer.json"} if model.tokenizer.has_text else {}))
+    config = {"class_path": model.config["class_path"], "init_args": arguments}
     files = {name: write_atomically(path / name, data) for name, data in _weight_files(model)}
     for stale in set(path.glob("model*.safetensors*")) - {path / name for name in files}:
         stale.unlink()  # of a model that was saved here before, in another number of files
     files["config.yaml"] = write_atomically(path / "config.yaml", yaml.safe_dump(config, sort_keys=False).encode())
-    model.tokenizer.save(path)
-    files["tokenizer.json"] = hashlib.sha256((path / "tokenizer.json").read_bytes()).hexdigest()
+    if model.tokenizer.has_text:
+        model.tokenizer.save(path)
+        files["tokenizer.json"] = hashlib.sha256((path / "tokenizer.json").read_bytes()).hexdigest()
+    (path / "family.json").unlink(missing_ok=True)
+    if model.origin is not None:
+        files["family.json"] = write_atomically(path / "family.json", json.dumps(model.origin, indent=2).encode())
     manifest = {
-        "format": "mm-model-1",
         "sha256": files,
         "parameters": sum(p.numel() for p in model.parameters()),
         "versions": {"mm": mm.__version__, "torch": str(torch.__version__), "python": platform.python_version()},
     }
-    write_atomically(path / "manifest.json", json.dumps(manifest, indent=2).encode())
+    write_manifest(path, manifest)
+
+
+def write_manifest(path: Path, manifest: dict[str, Any]) -> None:
+    """Writes the manifest of the model directory `path`, with the SHA-256 of its own bytes in it."""
+    data = json.dumps({**manifest, "format": FORMAT, "self_sha256": BLANK}, indent=2).encode()
+    seal = hashlib.sha256(data).hexdigest().encode()
+    write_atomically(path / "manifest.json", data.replace(BLANK.encode(), seal, 1))
 
 
 def load(path: str | Path) -> MultimodalModel:
-    """Opens a model directory, in eval mode. Raises ValueError naming the file, or the tensor and both shapes."""
+    """Opens a model in eval mode: a directory of ours, a Hugging Face directory, or a GGUF file.
+
+    Weights are float32. Raises ValueError naming the file, and in it the setting that is unknown or the tensor with
+    both shapes.
+    """
     path = Path(path)
+    if is_published(path):
+        from mm.pretrained import load as load_published  # our own directories do not need it
+
+        return load_published(path)
     verify(path)
     config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
-    config["init_args"]["tokenizer"] = str(path / "tokenizer.json")
+    if isinstance(config["init_args"]["tokenizer"], str):
+        config["init_args"]["tokenizer"] = str(path / "tokenizer.json")
     model = build(config, MultimodalModel)
     model.config = config
+    if (path / "family.json").is_file():
+        model.origin = json.loads((path / "family.json").read_bytes())
     _copy_weights(model, path)
     return model.eval()
 
 
+def is_published(path: Path) -> bool:
+    """Whether this is somebody else's checkpoint: a file (GGUF), or a directory with a config.json and none of ours."""
+    return path.is_file() or ((path / "config.json").is_file() and not (path / "config.yaml").is_file())
+
+
 def load_weights(model: MultimodalModel, path: str | Path) -> None:
-    """Copies the weights of a model directory into `model`, strictly: same names, same shapes. Errors as in `load`."""
+    """Copies the weights of a model directory into `model`, strictly: same names, same shapes. Errors as in `load`.
+
+    A published checkpoint fills the decoder alone: towers and bridges start anew.
+    """
     path = Path(path)
+    if is_published(path):
+        from mm.pretrained import load_decoder_weights
+
+        return load_decoder_weights(model.decoder, path)
     verify(path)
     _copy_weights(model, path)
 
@@ -107,11 +141,17 @@ def verify(path: Path) -> dict[str, Any]:
     if not file.is_file():
         raise ValueError(f"{path}: not a model directory, or one whose writing was cut off: it has no manifest.json")
     try:
-        manifest = json.loads(file.read_bytes())
+        data = file.read_bytes()
+        manifest = json.loads(data)
     except ValueError as error:
         raise ValueError(f"{file}: not JSON ({error}); the file is damaged") from error
     if not isinstance(manifest, dict) or not isinstance(manifest.get("sha256"), dict):
         raise ValueError(f"{file}: not the manifest of a model directory: it has no sha256 of files")
+    if manifest.get("format") != UNSEALED:
+        seal = str(manifest.get("self_sha256"))
+        blank = data.replace(seal.encode(), BLANK.encode(), 1)
+        if manifest.get("format") != FORMAT or hashlib.sha256(blank).hexdigest() != seal:
+            raise ValueError(f"{file}: damaged (its SHA-256 differs from the one in it), or not of format {FORMAT}")
     for name, digest in manifest["sha256"].items():
         if not (path / name).is_file():
             raise ValueError(f"{path / name}: the manifest names this file, and it is missing")

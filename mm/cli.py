@@ -36,19 +36,26 @@ class Command:
 GROUPS: dict[str, dict[str, Command]] = {
     "Data": {
         "shard": Command("mm.datasets.preprocess:main", "turn a source of samples into checked WebDataset shards"),
+        "doctor": Command("mm.doctor.cli:main", "check data, a config, checkpoints and the machine before training"),
         "tokenizer": Command("mm.datasets.vocabulary:main", "train a text tokenizer on shards or text files"),
     },
     "Training": {
         "fit": Command("mm.training.cli:main", "train a stage from a config: align, instruct", pass_name=True),
-        "validate": Command("mm.training.cli:main", "score a stage or model: benchmarks with controls", pass_name=True),
+        "validate": Command("mm.validate:main", "score a stage or model: benchmarks with controls", pass_name=True),
         "test": Command("mm.training.cli:main", "run a module's test loop", pass_name=True),
         "predict": Command("mm.training.cli:main", "run a module's prediction loop", pass_name=True),
     },
     "A model at hand": {
         "chat": Command("mm.chat.cli:main", "talk with it about images, sounds and videos"),
         "info": Command("mm.info:main", "print parameters, FLOPs and cache bytes per token"),
+        "upcycle": Command("mm.upcycle:main", "make a mixture of experts of a dense model"),
+    },
+    "Other formats": {
+        "import": Command("mm.export:import_main", "make a model directory of a Hugging Face directory or a GGUF file"),
+        "export": Command("mm.export:main", "write a model in another library's format"),
     },
     "Runs": {
+        "compare": Command("mm.evaluation.compare:main", "test whether one run's scores are better than another's"),
         "report": Command("mm.report.page:main", "make a run's self-contained report.html"),
     },
 }

@@ -5,6 +5,7 @@ Shape legend: `B` rows, `T` positions, `D` width, `V` vocabulary, `M` media item
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -106,17 +107,18 @@ class Tower(nn.Module):
 class ModelOutput:
     """hidden (B, T, D) after the final norm; one Routing or None per layer; the Sequence that was read.
 
-    `logits` (B, T, V) float32 are computed when first asked for: training asks only for supervised positions.
+    `head` gives the logits (..., V) float32 of hidden states (..., D). `logits` (B, T, V) float32 are computed when
+    first asked for: training asks only for supervised positions.
     """
 
     hidden: Tensor
     routings: list[Routing | None]
     sequence: Sequence
-    head: nn.Linear
+    head: Callable[[Tensor], Tensor]
 
     @cached_property
     def logits(self) -> Tensor:
-        return self.head(self.hidden).float()
+        return self.head(self.hidden)
 
 
 class MultimodalModel(nn.Module):
@@ -156,6 +158,7 @@ class MultimodalModel(nn.Module):
         if any(not spec.inline for spec in self.media_specs().values()):
             decoder.add_cross_attention()
         self.config: dict[str, Any] | None = None  # the class_path/init_args tree that made this model, for checkpoints
+        self.origin: dict[str, Any] | None = None  # what a published checkpoint said beside its weights (mm.pretrained)
         self.embedding_head = EmbeddingHead(decoder.width, embedding_dim) if embedding_dim else None
 
     @property
@@ -207,7 +210,7 @@ class MultimodalModel(nn.Module):
         hidden, routings = self.decoder(sequence, cache)
         if cache is not None:
             self._note_next(sequence, cache)
-        return ModelOutput(hidden, routings, sequence, self.decoder.head)
+        return ModelOutput(hidden, routings, sequence, self.decoder.logits)
 
     def _zero(self) -> Tensor:
         """0, through the parameters that this batch or objective may not use.
@@ -237,14 +240,15 @@ class MultimodalModel(nn.Module):
         )
         hidden, _ = self.decoder(sequence, cache)
         cache.next_index, cache.next_position = cache.next_index + 1, cache.next_position + 1
-        return self.decoder.head(hidden[:, 0]).float()
+        return self.decoder.logits(hidden[:, 0])
 
     def _note_next(self, sequence: Sequence, cache: Cache) -> None:
         """Where generation goes on: after the last real position of each row (one document, no branches)."""
         if bool((sequence.document_ids > 1).any()) or bool(sequence.branch_ids.any()):
             raise ValueError("a batch to be continued must hold one sample a row, without branches")
-        cache.next_index = sequence.index.amax(1) + 1
-        cache.next_position = sequence.positions.amax((1, 2)) + 1
+        # Padding counts its own places, and may count further than a short row.
+        cache.next_index = sequence.index.masked_fill(~sequence.mask, -1).amax(1) + 1
+        cache.next_position = sequence.positions.masked_fill(~sequence.mask[..., None], -1).amax((1, 2)) + 1
         cache.cross = sequence.cross
 
     def generate(self, *args: Any, **options: Any) -> Tensor:

@@ -297,7 +297,10 @@ class Routing:
 
     indices (S, K) int64    weights (S, K) in the activations' dtype    logits (S, E) float32
     scores  (S, E) float32  the probabilities that balance losses use (softmax, or normalised sigmoid)
-    mask    (S,) bool       False at padding: left out of every statistic
+    mask    (S,) bool       False at padding: left out of every statistic, and sent to no expert
+    kept    (S, K) bool     False where a choice is not carried out: its expert is full, or, where the experts choose,
+                            fewer than K of them chose the token. None: all are carried out
+    dropped (E,) float32    how many choices of unpadded tokens each expert had no room for; None: dropless
     """
 
     indices: Tensor
@@ -305,11 +308,30 @@ class Routing:
     logits: Tensor
     scores: Tensor
     mask: Tensor
+    kept: Tensor | None = None
+    dropped: Tensor | None = None
+
+    def taken(self) -> Tensor:
+        """(S, K) bool: the choices of unpadded tokens that are carried out."""
+        taken = self.mask[:, None].expand_as(self.indices)
+        return taken if self.kept is None else taken & self.kept
+
+    def chosen(self) -> Tensor:
+        """(S, K) bool: the choices of unpadded tokens, those included that an expert had no room for."""
+        return self.taken() if self.dropped is None else self.mask[:, None].expand_as(self.indices)
 
     def load(self) -> Tensor:
-        """(E,) float32: how many unpadded tokens chose each expert."""
-        chosen = self.indices[self.mask].reshape(-1)
-        return torch.bincount(chosen, minlength=self.logits.shape[-1]).float()
+        """(E,) float32: how many unpadded tokens each expert works on."""
+        return self._count(self.taken())
+
+    def demand(self) -> Tensor:
+        """(E,) float32: how many unpadded tokens each expert was chosen for. What balance is about."""
+        return self._count(self.chosen())
+
+    def _count(self, which: Tensor) -> Tensor:
+        """Adds, and selects nothing: a mask's size would have to travel from the GPU first."""
+        counts = torch.zeros(self.logits.shape[-1], device=self.indices.device)
+        return counts.index_add_(0, self.indices.reshape(-1), which.reshape(-1).float())
 
 
 def _move(value: _T, device: torch.device, non_blocking: bool) -> _T:

@@ -96,7 +96,7 @@ def sign(path: Path) -> None:
     """Writes the present files' hashes into the manifest, as whoever damaged them on purpose would."""
     manifest = json.loads((path / "manifest.json").read_text())
     manifest["sha256"] = {name: hashlib.sha256((path / name).read_bytes()).hexdigest() for name in manifest["sha256"]}
-    (path / "manifest.json").write_text(json.dumps(manifest))
+    checkpoint.write_manifest(path, manifest)
 
 
 def refused(path: Path) -> str:
@@ -238,12 +238,15 @@ def test_one_changed_byte_or_a_missing_file(name: str, saved: Path, model: Multi
 
 def test_a_damaged_manifest(saved: Path, tmp_path: Path) -> None:
     file = saved / "manifest.json"
+    whole = file.read_bytes()
     for data in (b"{", b"", b"\xff\xfe"):
         file.write_bytes(data)
         assert refused(saved).startswith(f"{file}: not JSON")
     for data in (b"[]", b"{}", b'{"sha256": 3}', b'"text"'):
         file.write_bytes(data)
         assert refused(saved).startswith(f"{file}: not the manifest of a model directory")
+    file.write_bytes(whole.replace(b'"parameters": ', b'"parameters": 1', 1))
+    assert refused(saved).startswith(f"{file}: damaged")
     file.unlink()
     assert refused(saved).startswith(f"{saved}: not a model directory")
     assert refused(tmp_path / "nothing") == f"{tmp_path / 'nothing'}: no such model directory"
@@ -252,7 +255,7 @@ def test_a_damaged_manifest(saved: Path, tmp_path: Path) -> None:
 def test_without_weights(saved: Path) -> None:
     manifest = json.loads((saved / "manifest.json").read_text())
     del manifest["sha256"]["model.safetensors"]
-    (saved / "manifest.json").write_text(json.dumps(manifest))
+    checkpoint.write_manifest(saved, manifest)
     (saved / "model.safetensors").unlink()
     assert refused(saved) == f"{saved}: no model.safetensors and no model.safetensors.index.json"
 

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # the version) is free to all.
 TYPES = {"mm.types"}
 STAGES = {"mm.tokenizers", "mm.encoders", "mm.fusion", "mm.decoder"}
-NETWORK = TYPES | STAGES | {"mm.parts", "mm.model", "mm.checkpoint"}
+NETWORK = TYPES | STAGES | {"mm.parts", "mm.model", "mm.pretrained", "mm.checkpoint"}
 USES = NETWORK | {"mm.datasets"}
 RUNS = USES | {"mm.objectives", "mm.generation", "mm.allowlist", "mm.info"}
 ALLOWED: dict[str, set[str]] = {
@@ -33,6 +33,9 @@ ALLOWED: dict[str, set[str]] = {
     "mm.testing": USES,
     "mm.model": TYPES | STAGES | {"mm.parts", "mm.datasets.chat_template"},
     "mm.checkpoint": TYPES | STAGES | {"mm.parts", "mm.model"},
+    "mm.pretrained": TYPES | STAGES | {"mm.parts", "mm.model", "mm.datasets.published_template"},
+    "mm.export": NETWORK,
+    "mm.upcycle": NETWORK,
     "mm.info": NETWORK,
     "mm.objectives": USES,
     "mm.generation": USES,
@@ -40,14 +43,22 @@ ALLOWED: dict[str, set[str]] = {
     "mm.evaluation": RUNS,
     "mm.chat": RUNS,
     "mm.report": RUNS,
+    "mm.doctor": RUNS | {"mm.training"},
+    "mm.validate": RUNS | {"mm.training", "mm.evaluation"},
+    "mm.harness": RUNS | {"mm.evaluation"},
     "mm.demo": RUNS | {"mm.training", "mm.evaluation", "mm.chat", "mm.report"},
     "mm.cli": set(),  # finds commands by name, so that it stays light
 }
 # Files of one unit import one another freely, but the tokenizers do not: a video is made of images, and .model files
 # are read by a module of their own.
-TOKENIZERS = {"mm.tokenizers.video": {"mm.tokenizers.image"}, "mm.tokenizers.text": {"mm.tokenizers.sentencepiece"}}
-# Against the order, so only when called: `mm.load` and `MultimodalModel.generate`.
-LAZY = {("mm", "mm.checkpoint"), ("mm.model", "mm.generation")}
+TOKENIZERS = {
+    "mm.tokenizers.video": {"mm.tokenizers.image"},
+    "mm.tokenizers.text": {"mm.tokenizers.sentencepiece"},
+    "mm.tokenizers.missing": {"mm.tokenizers.text"},
+    "mm.tokenizers.gguf": {"mm.tokenizers.sentencepiece"},
+}
+# Against the order, so only when called: `mm.load`, its other formats, and `MultimodalModel.generate`.
+LAZY = {("mm", "mm.checkpoint"), ("mm.checkpoint", "mm.pretrained"), ("mm.model", "mm.generation")}
 
 
 def python_files(folder: Path) -> Iterator[Path]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,16 @@ import yaml
 from torch import nn
 
 from mm import info
+from mm.decoder.attention.grouped import GroupedAttention
+from mm.decoder.attention.linear import LinearAttention
+from mm.decoder.attention.ssm import Mamba2
+from mm.decoder.decoder import Block
+from mm.decoder.decoder import Layer as DecoderLayer
+from mm.decoder.ffn.dense import GatedFFN, PlainFFN
+from mm.decoder.ffn.moe import SparseMoE
+from mm.decoder.init import Init
+from mm.decoder.layout import Layout, Places
+from mm.info.memory import kept_by
 
 V, D, HIDDEN, E, K = 50, 8, 6, 4, 1  # vocabulary, width, expert hidden width, experts, chosen
 
@@ -100,9 +112,99 @@ def test_window_bounds_attention_flops_not_parameters() -> None:
     assert far.parameters == near.parameters
 
 
-def test_nonpositive_context() -> None:
+def test_nonpositive_numbers() -> None:
     with pytest.raises(ValueError, match="context must be positive, not 0"):
         info.describe(ToyDecoder(True), context=0)
+    with pytest.raises(ValueError, match="batch must be positive, not -1"):
+        info.describe(ToyDecoder(True), batch=-1)
+    with pytest.raises(ValueError, match="precision must be bf16-mixed, .* not 'int4'"):
+        info.describe(ToyDecoder(True), precision="int4")  # type: ignore[arg-type]
+
+
+def test_what_a_row_keeps_whatever_its_length() -> None:
+    decoder = ToyDecoder(True)
+    decoder.layers[1].get_submodule("mixer").cache_numbers_fixed = lambda: 7  # type: ignore[assignment]
+    short, long = (info.describe(decoder, context=context) for context in (1, 100))
+    assert short.cache_bytes_fixed == long.cache_bytes_fixed == 4 * 7  # a state is float32
+    assert long.cache_bytes_at_context == 100 * long.cache_bytes_per_token + 28
+    assert long.cache_numbers_per_layer == [2 * D, 2 * D] and long.layers == 2
+
+
+def test_embedding_counts_and_multi_token_prediction_do_not_mix() -> None:
+    decoder = ToyDecoder(False)
+    plain = info.describe(decoder)
+    assert plain.active_without_embedding == plain.active - V * D
+    tied = info.describe(ToyDecoder(True))
+    assert tied.active_without_embedding == tied.active == plain.active_without_embedding
+    decoder.mtp = nn.Sequential(nn.Linear(D, D, bias=False), decoder.head)  # it shares the head
+    beside = info.describe(decoder)
+    assert beside.parameters_mtp == D * D
+    assert (beside.parameters, beside.active, beside.flops_forward) == (
+        plain.parameters,
+        plain.active,
+        plain.flops_forward,
+    )
+    assert beside.memory.gradients == 4 * (plain.parameters + D * D)  # but it is trained
+
+
+def test_memory_to_train() -> None:
+    decoder = ToyDecoder(True)
+    found = info.describe(decoder, context=10, batch=3, precision="32-true")
+    kept = 2 * (3 * D + (D + E) + K * 2 * (D + HIDDEN))  # layers; in and out of qkv, router, chosen experts
+    memory = found.memory
+    assert memory.tokens == 30 and memory.weights == memory.gradients == 4 * found.parameters
+    assert memory.optimizer == 8 * found.parameters
+    assert memory.activations == 30 * 4 * kept
+    assert memory.logits == 30 * V * 8
+    parts = (memory.weights, memory.gradients, memory.optimizer, memory.activations, memory.logits)
+    assert memory.total == sum(parts)
+    mixed = info.describe(decoder, context=10, batch=3).memory
+    assert mixed.weights == 6 * found.parameters and mixed.activations == memory.activations // 2
+    assert mixed.logits == 30 * V * 10
+    decoder.checkpoint_activations = True  # type: ignore[assignment]
+    recomputed = info.describe(decoder, context=10, batch=3, precision="32-true").memory
+    assert recomputed.recomputed and recomputed.activations == 30 * 4 * (kept // 2 + 2 * D)
+
+
+LAYERS_KEPT: dict[str, tuple[Any, Any]] = {
+    "attention": (partial(GroupedAttention, heads=8, kv_heads=2), partial(GatedFFN, hidden=300)),
+    "experts": (partial(GroupedAttention, heads=8), partial(SparseMoE, hidden=100, num_experts=6, shared=1)),
+    "mamba": (partial(Mamba2, head_dim=32, state=32), partial(PlainFFN, hidden=300)),
+    "linear": (partial(LinearAttention, heads=4), partial(GatedFFN, hidden=300)),
+}
+
+
+@pytest.mark.parametrize("case", LAYERS_KEPT)
+def test_activations_are_what_autograd_keeps(case: str) -> None:
+    """The rule, against what a real layer saves. A quarter off is well within what an allocator adds."""
+    torch.manual_seed(0)
+    length, width = 256, 128
+    mixer, ffn = LAYERS_KEPT[case]
+    layer = DecoderLayer(width, mixer(width), ffn(width), Block()).apply(Init(0.02, 2))
+    ones = torch.ones(1, length, dtype=torch.long)
+    places = Places(torch.arange(length)[None], ones, torch.zeros_like(ones))
+    weights = {p.untyped_storage().data_ptr() for p in layer.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def note(x: torch.Tensor) -> torch.Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage  # alive, so that no other takes its place
+        return x
+
+    x = torch.randn(1, length, width, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        layer(x, ones > 0, Layout(places, places, places.index[..., None].expand(-1, -1, 3)), None, 0)
+    measured = sum(storage.nbytes() for storage in kept.values()) / length
+    assert kept_by(layer, 4) == pytest.approx(measured, rel=0.25)
+
+
+def test_every_key_of_the_json_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    assert json.loads(info.describe(ToyDecoder(True)).to_json()).keys() == info.KEYS.keys()
+    with pytest.raises(SystemExit):
+        info.main(["--help"])
+    shown = capsys.readouterr().out
+    assert all(f"  {key}: " in shown for key in info.KEYS)
 
 
 ATTENTION = {"class_path": "mm.decoder.attention.grouped.GroupedAttention", "init_args": {"heads": 4, "kv_heads": 2}}
@@ -154,6 +256,38 @@ def test_table_names_numbers_and_how_they_are_counted(tmp_path: Path, capsys: py
 def test_errors_name_the_cause(config: object, message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         info.main([write(tmp_path / "c.yaml", config)])
+
+
+PUBLISHED = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+    "vocab_size": 300,
+}
+
+
+@pytest.mark.parametrize("as_file", [True, False])
+def test_published_directory(as_file: bool, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED))
+    found = info.describe(info.build_meta(tmp_path / "config.json" if as_file else tmp_path))
+    assert found.parameters == 2 * 300 * 32 + 2 * (4 * 32 * 32 + 3 * 32 * 48 + 2 * 32) + 32
+
+
+def test_published_settings_that_are_not_known(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    for config, message in (
+        (PUBLISHED | {"model_type": "eliza"}, "model_type 'eliza' is not supported"),
+        (PUBLISHED | {"attention_sinks": 4}, "attention_sinks = 4"),
+        ({"hidden_size": 3}, "no model_type in it"),
+    ):
+        path.write_text(json.dumps(config))
+        with pytest.raises(ValueError, match=message):
+            info.build_meta(tmp_path)
+    path.write_text("{")
+    with pytest.raises(ValueError, match="config.json is not JSON"):
+        info.build_meta(tmp_path)
 
 
 def test_missing_file_and_bad_yaml(tmp_path: Path) -> None:

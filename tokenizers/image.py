@@ -50,6 +50,11 @@ class ImageTokenizer:
             return (1, self.size[0] // self.patch, self.size[1] // self.patch)
         return (1, *_fit(height / self.patch, width / self.patch, self.max_tokens))
 
+    def size_for(self, height: int, width: int) -> tuple[int, int]:
+        """The pixels (H, W) that an image of `height` x `width` is resized to: decoding more of it is of no use."""
+        _, h, w = self.grid_of(height, width)
+        return h * self.patch, w * self.patch
+
     def measure(self, media: Tensor) -> Grid:
         _check(media)
         return self.grid_of(media.shape[1], media.shape[2])

@@ -15,11 +15,13 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 SPACE = "\u2581"  # "▁", which stands for a space in pieces
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6  # SentencePiece.Type
-_UNIGRAM, _BPE = 1, 2  # TrainerSpec.ModelType
+_UNIGRAM, BPE = 1, 2  # TrainerSpec.ModelType
 
 
 @dataclass(frozen=True)
-class _Piece:
+class Piece:
+    """One entry of the vocabulary; `type` is SentencePiece.Type."""
+
     text: str
     score: float
     type: int
@@ -43,29 +45,53 @@ def from_sentencepiece(data: bytes) -> Tokenizer:
         normalizer = dict(_fields(_last(model, 3)))
     except (IndexError, KeyError, TypeError, UnicodeDecodeError, struct.error) as error:
         raise ValueError("it is not a SentencePiece model") from error
+    if trainer.get(24, 0):
+        raise ValueError("it writes spaces as suffixes (treat_whitespace_as_suffix), which is not supported")
+    surface = _bytes(trainer[44]).decode() if 44 in trainer else " \u2047 "
+    return from_pieces(
+        pieces,
+        trainer.get(3, _UNIGRAM),
+        byte_fallback=bool(trainer.get(35, 0)),
+        prefix=bool(normalizer.get(3, 1)),
+        squeeze=bool(normalizer.get(4, 1)),
+        charsmap=_bytes(normalizer[2]) if normalizer.get(2) else b"",
+        surface=surface,
+    )
+
+
+def from_pieces(
+    pieces: list[Piece],
+    kind: int | bytes,
+    byte_fallback: bool,
+    prefix: bool,
+    squeeze: bool,
+    charsmap: bytes = b"",
+    surface: str = " \u2047 ",
+) -> Tokenizer:
+    """The tokenizer of a vocabulary and of how text is prepared for it.
+
+    `kind` is TrainerSpec.ModelType; `prefix` puts a space before a text, `squeeze` makes one space of several,
+    `charsmap` is the compiled normalisation, `surface` what the unknown piece is written as. Raises ValueError as
+    `from_sentencepiece`.
+    """
     unknown = next((i for i, piece in enumerate(pieces) if piece.type == _UNKNOWN), None)
     if unknown is None:
         raise ValueError("it is not a SentencePiece model: it has no unknown piece")
-    if trainer.get(24, 0):
-        raise ValueError("it writes spaces as suffixes (treat_whitespace_as_suffix), which is not supported")
-    kind, byte_fallback = trainer.get(3, _UNIGRAM), bool(trainer.get(35, 0))
     if kind == _UNIGRAM:
         tokenizer = Tokenizer(_unigram(pieces, unknown, byte_fallback))
-    elif kind == _BPE:
+    elif kind == BPE:
         tokenizer = Tokenizer(_bpe(pieces, unknown, byte_fallback))
     else:
         raise ValueError(f"it is a SentencePiece model of type {kind}; unigram (1) and BPE (2) are supported")
-    prefix, squeeze = bool(normalizer.get(3, 1)), bool(normalizer.get(4, 1))
     steps: list[normalizers.Normalizer] = []
-    if normalizer.get(2):
-        steps.append(normalizers.Precompiled(_bytes(normalizer[2])))
+    if charsmap:
+        steps.append(normalizers.Precompiled(charsmap))
     if squeeze:
         steps += [normalizers.Replace(Regex("^ +| +$"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
     # Not the Metaspace pre-tokenizer: it leaves out the prefix where a text starts with a space, and it splits at
     # spaces, which a piece may contain.
     steps += [*([normalizers.Prepend(SPACE)] if prefix else []), normalizers.Replace(" ", SPACE)]
     tokenizer.normalizer = normalizers.Sequence(steps)
-    surface = _bytes(trainer[44]).decode() if 44 in trainer else " \u2047 "
     undo = [decoders.Replace(SPACE, " "), decoders.Replace(pieces[unknown].text, surface), decoders.ByteFallback()]
     undo += [decoders.Fuse(), *([decoders.Strip(" ", 1, 0)] if prefix or squeeze else [])]
     tokenizer.decoder = decoders.Sequence(undo)
@@ -77,12 +103,12 @@ def from_sentencepiece(data: bytes) -> Tokenizer:
     return tokenizer
 
 
-def _unigram(pieces: list[_Piece], unknown: int, byte_fallback: bool) -> models.Unigram:
+def _unigram(pieces: list[Piece], unknown: int, byte_fallback: bool) -> models.Unigram:
     vocab = [(f" {i}" if p.type == _UNUSED else p.text, p.score) for i, p in enumerate(pieces)]
     return models.Unigram(vocab, unk_id=unknown, byte_fallback=byte_fallback)
 
 
-def _bpe(pieces: list[_Piece], unknown: int, byte_fallback: bool) -> models.BPE:
+def _bpe(pieces: list[Piece], unknown: int, byte_fallback: bool) -> models.BPE:
     """SentencePiece merges the pair whose joint piece scores best: as a list, all splits of all pieces, best first."""
     ordinary = {piece.text for piece in pieces if piece.ordinary}
     merges: list[tuple[str, str]] = []
@@ -98,12 +124,12 @@ def _bpe(pieces: list[_Piece], unknown: int, byte_fallback: bool) -> models.BPE:
     )
 
 
-def _piece(data: int | bytes) -> _Piece:
+def _piece(data: int | bytes) -> Piece:
     fields = dict(_fields(_bytes(data)))
     (score,) = struct.unpack("<f", _bytes(fields.get(2, b"\0\0\0\0")))
     kind = fields.get(3, _NORMAL)
     assert isinstance(kind, int)
-    return _Piece(_bytes(fields[1]).decode(), score, kind)
+    return Piece(_bytes(fields[1]).decode(), score, kind)
 
 
 def _last(fields: list[tuple[int, int | bytes]], number: int) -> bytes:

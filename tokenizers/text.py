@@ -42,6 +42,8 @@ class TextTokenizer:
                 them: a vocabulary without bytes writes text with it
     """
 
+    has_text = True  # False where a checkpoint brought no tokenizer (mm.tokenizers.missing)
+
     def __init__(self, tokenizer: Tokenizer) -> None:
         state = json.loads(tokenizer.to_str())
         unknown = _unknown_token(state["model"])

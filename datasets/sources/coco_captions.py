@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mm.datasets.source import Source, field, media_file, media_parts, read_json, sha256_file
+from mm.datasets.source import Source, field, media_file, media_parts, read_items, sha256_file
 from mm.types import Sample
 
 
@@ -44,14 +44,13 @@ class COCOCaptions(Source[Record]):
         return {self.path.name: sha256_file(self.path)}
 
     def records(self) -> Iterable[Record]:
-        data = read_json(self.path)
         folder = str(self._image_folder())
         files: dict[int, str] = {}
-        for index, item in enumerate(field(data, "images", list, str(self.path))):
+        for index, item in enumerate(read_items(self.path, "images")):
             where = f"{self.path}: image {index}"
             files[field(item, "id", int, where)] = field(item, "file_name", str, where)
         captions: dict[int, list[tuple[int, str]]] = {image: [] for image in files}
-        for index, item in enumerate(field(data, "annotations", list, str(self.path))):
+        for index, item in enumerate(read_items(self.path, "annotations")):
             where = f"{self.path}: annotation {index}"
             image = field(item, "image_id", int, where)
             if image not in files:

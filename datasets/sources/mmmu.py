@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from mm.datasets.parquet import Row, Rows, embedded
 from mm.datasets.source import Source, field, sha256_file
 from mm.types import Media, Sample
 
@@ -17,10 +18,9 @@ COLUMNS = ("id", "question", "options", "answer", "question_type")
 MARK = re.compile(r"<image (\d)>")
 CHOICE_HINT = "Answer with the option's letter from the given choices directly."
 OPEN_HINT = "Answer the question using a single word or phrase."
-SIGNATURES = {b"\x89PNG": ".png", b"\xff\xd8\xff": ".jpg", b"GIF8": ".gif", b"RIFF": ".webp", b"BM": ".bmp"}
 
 
-class MMMU(Source[tuple[str, dict[str, Any]]]):
+class MMMU(Source[Row]):
     """College-level questions in the format of MMMU (Yue et al., 2024; huggingface.co/datasets/MMMU/MMMU).
 
     Columns: id, question, options (a Python list as text), answer, question_type, image_1 to image_7 ({"bytes",
@@ -39,43 +39,32 @@ class MMMU(Source[tuple[str, dict[str, Any]]]):
 
     def __init__(self, path: Path, split: str | None = None, hint: bool = True) -> None:
         files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
-        self.files = [file for file in files if split is None or file.name.startswith(split)]
-        if not self.files or not all(file.is_file() for file in self.files):
+        files = [file for file in files if split is None or file.name.startswith(split)]
+        if not files or not all(file.is_file() for file in files):
             wanted = "" if split is None else f" whose name begins with {split!r}"
             raise ValueError(f"{path}: no parquet file{wanted}")
+        self.rows = Rows(files)
         self.root = path if path.is_dir() else path.parent
         self.hint = hint
 
     @classmethod
     def recognises(cls, path: Path) -> bool:
-        if path.suffix == ".parquet":
-            return path.is_file()
-        return path.is_dir() and any(path.glob("*.parquet")) or any(path.glob("*/*.parquet"))
+        files = [path] if path.suffix == ".parquet" else [*path.glob("*.parquet"), *path.glob("*/*.parquet")]
+        files = [file for file in files if file.is_file()]
+        return bool(files) and IMAGES[0] in Rows(files).schema(files[0]).names
 
     def fingerprint(self) -> dict[str, str]:
-        return {str(file.relative_to(self.root)): sha256_file(file) for file in self.files}
+        return {str(file.relative_to(self.root)): sha256_file(file) for file in self.rows.files}
 
-    def records(self) -> Iterable[tuple[str, dict[str, Any]]]:
-        from pyarrow import ArrowInvalid
-        from pyarrow.parquet import ParquetFile
+    def records(self) -> Iterable[Row]:
+        for path in self.rows.files:
+            missing = [name for name in (*COLUMNS, IMAGES[0]) if name not in self.rows.schema(path).names]
+            if missing:
+                raise ValueError(f"{path}: column {missing[0]!r} is missing")
+        return self.rows
 
-        for path in self.files:
-            try:
-                file = ParquetFile(path)
-            except (ArrowInvalid, OSError) as error:
-                raise ValueError(f"{path}: not a parquet file ({error})") from None
-            with file:
-                missing = [name for name in (*COLUMNS, IMAGES[0]) if name not in file.schema_arrow.names]
-                if missing:
-                    raise ValueError(f"{path}: column {missing[0]!r} is missing")
-                number = 0
-                for batch in file.iter_batches(batch_size=64):  # images are large: only a few rows at a time
-                    for row in batch.to_pylist():
-                        yield f"{path}: row {number}", row
-                        number += 1
-
-    def sample(self, record: tuple[str, dict[str, Any]]) -> Sample:
-        where, row = record
+    def sample(self, record: Row) -> Sample:
+        row, where = self.rows.read(record), record.where
         name = field(row, "id", str, where)
         where = f"{where} ({name})"
         choices = _choices(field(row, "options", str, where), where)
@@ -85,8 +74,8 @@ class MMMU(Source[tuple[str, dict[str, Any]]]):
         if multiple:
             lines += [f"({letter}) {choice}" for letter, choice in zip(letters, choices, strict=True)]
         if self.hint:
-            lines += ["", CHOICE_HINT if multiple else OPEN_HINT]
-        content, media = _interleave("\n".join(lines), row, where)
+            lines += ["", CHOICE_HINT] if multiple else [OPEN_HINT]  # blank lines as LLaVA-1.5's config has them
+        content, media = interleave("\n".join(lines), row, where)
         answer = field(row, "answer", str, where)
         answers = [answer] if multiple else _answers(answer)
         meta: dict[str, Any] = {
@@ -105,7 +94,7 @@ class MMMU(Source[tuple[str, dict[str, Any]]]):
         return Sample(key, [{"role": "user", "content": content}, *reply], media, meta=meta)
 
 
-def _interleave(text: str, row: dict[str, Any], where: str) -> tuple[list[dict[str, Any]], list[Media]]:
+def interleave(text: str, row: dict[str, Any], where: str) -> tuple[list[dict[str, Any]], list[Media]]:
     """Text and image parts: the first mark of an image is its place."""
     parts: list[dict[str, Any]] = []
     media: list[Media] = []
@@ -120,7 +109,7 @@ def _interleave(text: str, row: dict[str, Any], where: str) -> tuple[list[dict[s
             parts.append({"type": "text", "text": pending})
             pending = ""
         parts.append({"type": "image", "media": len(media)})
-        media.append(_image(row.get(column), column, where))
+        media.append(embedded(row.get(column), "image", None, column, f"{where}: column {column!r}"))
         placed.add(column)
     return [*parts, {"type": "text", "text": pending}] if pending else parts, media
 
@@ -132,15 +121,6 @@ def _pieces(text: str) -> Iterator[str]:
         yield from (text[end : match.start()], match.group())
         end = match.end()
     yield text[end:]
-
-
-def _image(value: Any, column: str, where: str) -> Media:
-    if not isinstance(value, dict) or not isinstance(value.get("bytes"), bytes):
-        raise ValueError(f"{where}: column {column!r}: the question shows it, but there is no image")
-    suffix = next((suffix for start, suffix in SIGNATURES.items() if value["bytes"].startswith(start)), None)
-    if suffix is None:
-        raise ValueError(f"{where}: column {column!r}: not a PNG, JPEG, GIF, WebP or BMP image")
-    return Media("image", value["bytes"], f"{column}{suffix}")
 
 
 def _choices(text: str, where: str) -> list[str]:

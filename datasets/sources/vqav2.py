@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from mm.datasets.source import Question, Source, branched, field, media_file, read_json, sha256_file, single
+from mm.datasets.source import (
+    Question,
+    Source,
+    branched,
+    field,
+    media_file,
+    read_items,
+    read_value,
+    sha256_file,
+    single,
+)
 from mm.types import Sample
 
 
 class Asked(NamedTuple):
-    question: dict[str, Any]
-    annotation: dict[str, Any] | None
+    number: int  # question_id
+    question: str
+    annotation: bytes | None  # JSON of what is needed of it: all of a split's fit into memory then
 
 
 class Record(NamedTuple):
@@ -63,29 +75,29 @@ class VQAv2(Source[Record]):
         return {file.name: sha256_file(file) for file in (self.questions, self.annotations) if file is not None}
 
     def records(self) -> Iterable[Record]:
-        data = read_json(self.questions)
-        items = field(data, "questions", list, str(self.questions))
-        subtype = str(data.get("data_subtype", ""))
+        subtype = str(read_value(self.questions, "data_subtype", ""))
         folder = self._image_folder(subtype)
         annotations = self._read_annotations()
-        grouped: dict[int, list[Asked]] = {}
-        for index, item in enumerate(items):
+        grouped: dict[int, list[tuple[int, Asked]]] = {}
+        for index, item in enumerate(read_items(self.questions, "questions")):
             where = f"{self.questions}: question {index}"
             number, image = field(item, "question_id", int, where), field(item, "image_id", int, where)
-            field(item, "question", str, where)
+            question = field(item, "question", str, where)
             if annotations is not None and number not in annotations:
                 raise ValueError(f"{self.annotations}: no annotation with question_id {number}")
             group = image if self.branches and annotations else index
-            grouped.setdefault(group, []).append(Asked(item, annotations[number] if annotations else None))
-        for asked in grouped.values():
-            image = asked[0].question["image_id"]
+            grouped.setdefault(group, []).append(
+                (image, Asked(number, question, annotations[number] if annotations else None))
+            )
+        for members in grouped.values():
+            image, asked = members[0][0], [one for _, one in members]
             yield Record(image, str(folder), self.image_name.format(subtype=subtype, image_id=image), asked)
 
     def sample(self, record: Record) -> Sample:
         where = f"{self.questions}: image_id {record.image_id}"
         media = [media_file(Path(record.folder), record.file, where, "image")]
         meta = {"image_id": record.image_id}
-        questions = [_question(asked, str(self.annotations)) for asked in record.asked]
+        questions = [_question(asked) for asked in record.asked]
         if self.branches and questions[0].answer is not None:
             return branched(f"vqav2_{record.image_id:012d}", media, questions, meta)
         [question] = questions
@@ -106,26 +118,27 @@ class VQAv2(Source[Record]):
                 return folder
         raise ValueError(f"{self.questions}: no folder of images {' or '.join(map(str, tried))}; set images=DIR")
 
-    def _read_annotations(self) -> dict[int, dict[str, Any]] | None:
-        """question_id -> annotation; None where there is no annotations file."""
+    def _read_annotations(self) -> dict[int, bytes] | None:
+        """question_id -> what `_question` reads of its annotation; None where there is no annotations file."""
         if self.annotations is None:
             return None
-        items = field(read_json(self.annotations), "annotations", list, str(self.annotations))
-        where = f"{self.annotations}: annotation"
-        return {field(item, "question_id", int, f"{where} {index}"): item for index, item in enumerate(items)}
+        found = {}
+        for index, item in enumerate(read_items(self.annotations, "annotations")):
+            number = field(item, "question_id", int, f"{self.annotations}: annotation {index}")
+            where = f"{self.annotations}: question_id {number}"
+            needed = {
+                "answer": field(item, "multiple_choice_answer", str, where),
+                "category": field(item, "answer_type", str, where),
+                "question_type": field(item, "question_type", str, where),
+                "answers": [field(one, "answer", str, where) for one in field(item, "answers", list, where)],
+            }
+            found[number] = json.dumps(needed).encode()
+        return found
 
 
-def _question(asked: Asked, file: str) -> Question:
-    question, annotation = asked
-    number = question["question_id"]
-    if annotation is None:
-        return Question(question["question"], None, {"question_id": number})
-    where = f"{file}: question_id {number}"
-    answers = field(annotation, "answers", list, where)
-    meta = {
-        "question_id": number,
-        "category": field(annotation, "answer_type", str, where),
-        "question_type": field(annotation, "question_type", str, where),
-        "answers": [field(answer, "answer", str, where) for answer in answers],
-    }
-    return Question(question["question"], field(annotation, "multiple_choice_answer", str, where), meta)
+def _question(asked: Asked) -> Question:
+    if asked.annotation is None:
+        return Question(asked.question, None, {"question_id": asked.number})
+    annotation = json.loads(asked.annotation)
+    answer = annotation.pop("answer")
+    return Question(asked.question, answer, {"question_id": asked.number, **annotation})

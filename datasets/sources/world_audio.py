@@ -59,7 +59,7 @@ class AudioWorld(World):
         time = np.arange(round(RATE * SECONDS)) / RATE
         along = time / SECONDS - 0.5  # -0.5 to 0.5 over the clip
         centre = rng.uniform(1300, 1800) if values["register"] == "high" else rng.uniform(350, 500)
-        octaves = {"rising": 1, "falling": -1, "steady": 0}[values["pitch"]] * rng.uniform(1.3, 1.6)
+        octaves = {"rising": 1, "falling": -1, "steady": 0}[values["pitch"]] * rng.uniform(2.0, 2.4)
         hertz = centre * 2 ** (octaves * along)
         decibels = {"louder": 1, "softer": -1, "even": 0}[values["volume"]] * rng.uniform(24, 30) * along
         tone = _tone(values["timbre"], hertz, rng)

@@ -13,6 +13,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from mm.decoder.attention.windows import Window, sees
 from mm.types import CrossMedia, Sequence
 
 _T = TypeVar("_T")
@@ -84,11 +85,11 @@ class Layout:
             self.memo[key] = make()
         return self.memo[key]  # type: ignore[return-value]
 
-    def mask(self, window: int | None = None) -> Tensor:
-        """(B, 1, T, S) bool, True where a query sees a key. `window` hides keys `window` or more places back."""
+    def mask(self, window: Window | None = None) -> Tensor:
+        """(B, 1, T, S) bool, True where a query sees a key. An int hides keys that many or more places back."""
         return self.remember(("mask", window), lambda: self._mask(window))
 
-    def _mask(self, window: int | None) -> Tensor:
+    def _mask(self, window: Window | None) -> Tensor:
         q, k = self.queries, self.keys
         columns = torch.arange(k.index.shape[1], device=k.index.device)
         visible = columns[None, None, :] <= columns[None, self.offset :, None]
@@ -97,7 +98,7 @@ class Layout:
             branch = k.branch_ids[:, None, :]
             visible = visible & ((branch == 0) | (q.branch_ids[:, :, None] == branch))
         if window is not None:
-            visible = visible & (q.index[:, :, None] - k.index[:, None, :] < window)
+            visible = visible & sees(window, q.index[:, :, None], k.index[:, None, :])
         return visible[:, None]
 
     def cross_mask(self) -> Tensor:
@@ -112,6 +113,18 @@ class Layout:
             return (visible & (k.index[:, None, :] <= q.index[:, :, None]))[:, None]
 
         return self.remember("cross_mask", make)
+
+    def document_lengths(self) -> Tensor:
+        """(B, T) int64: how long each query's document is so far, over all its branches; 0 at padding."""
+
+        def make() -> Tensor:
+            q, k = self.queries.document_ids, self.keys.document_ids
+            longest = k.new_zeros(k.shape[0], int(k.max()) + 1)
+            longest = longest.scatter_reduce(1, k, self.keys.index + 1, "amax")
+            longest[:, 0] = 0
+            return longest.gather(1, q)
+
+        return self.remember("document_lengths", make)
 
     def documents(self) -> list[tuple[int, int, int]]:
         """(row, start, end) of every run of equal document ids, padding included, in raster order."""

@@ -1,85 +1,47 @@
-"""Positions for attention: rotary over one axis or several, with the published scalings, and ALiBi.
+"""Positions for attention: rotary over one axis or several, ALiBi, and both mixed over heads.
 
-A position scheme belongs to a mixer and holds no parameters. Rotary schemes turn queries and keys; ALiBi biases scores.
+A scheme belongs to a mixer and holds no parameters. `rotate` turns queries and keys; `bias` is added to the scores. The
+position embeddings that are added to the stream once (learned, sinusoidal) are in embedding.py.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from mm.decoder.layout import Layout
+from mm.decoder.rope_scaling import RopeScaling, inverse_frequencies
+
+__all__ = ["Alibi", "Positions", "RopeScaling", "Rotary", "RotaryAlibi", "alibi_slopes", "inverse_frequencies"]
 
 
-@dataclass(frozen=True)
-class RopeScaling:
-    """How rotary frequencies stretch beyond the trained length.
+class Positions(Protocol):
+    """How an attention mixer learns where its queries and keys stand."""
 
-    linear   divides every frequency by `factor` (Chen et al. 2023, arXiv 2306.15595)
-    ntk      raises the base instead, theta * factor^(d / (d - 2)) (bloc97, 2023)
-    yarn     interpolates low frequencies only and scales attention (Peng et al. 2023, arXiv 2309.00071)
-    llama3   as Llama 3.1: keeps high, divides low, blends between (Meta, 2024)
-    `original_length` is the length that the model was trained with (yarn and llama3 need it).
-    """
+    def rotate(self, q: Tensor, k: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+        """q (B, T, H, d) and the new keys k (B, T, G, d), both at the layout's query places -> the same shapes."""
+        ...
 
-    kind: Literal["linear", "ntk", "yarn", "llama3"]
-    factor: float
-    original_length: int = 8192
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    attention_factor: float | None = None
-
-    def apply(self, dim: int, theta: float) -> tuple[Tensor, float]:
-        """Inverse frequencies (dim/2,) float32 and the factor that multiplies cos and sin."""
-        plain = inverse_frequencies(dim, theta)
-        if self.kind == "linear":
-            return plain / self.factor, 1.0
-        if self.kind == "ntk":
-            return inverse_frequencies(dim, theta * self.factor ** (dim / (dim - 2))), 1.0
-        if self.kind == "yarn":
-            return self._yarn(plain, dim, theta)
-        return self._llama3(plain), 1.0
-
-    def _yarn(self, plain: Tensor, dim: int, theta: float) -> tuple[Tensor, float]:
-        def turns_to_dim(turns: float) -> float:
-            return dim * math.log(self.original_length / (turns * 2 * math.pi)) / (2 * math.log(theta))
-
-        low = max(math.floor(turns_to_dim(self.beta_fast)), 0)
-        high = min(math.ceil(turns_to_dim(self.beta_slow)), dim - 1)
-        ramp = ((torch.arange(dim // 2).float() - low) / max(high - low, 0.001)).clamp(0, 1)
-        scale = self.attention_factor
-        if scale is None:
-            scale = 0.1 * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0
-        return plain / self.factor * ramp + plain * (1 - ramp), scale
-
-    def _llama3(self, plain: Tensor) -> Tensor:
-        wavelength = 2 * math.pi / plain
-        span = self.high_freq_factor - self.low_freq_factor
-        blend = ((self.original_length / wavelength - self.low_freq_factor) / span).clamp(0, 1)
-        return (1 - blend) * plain / self.factor + blend * plain
-
-
-def inverse_frequencies(dim: int, theta: float) -> Tensor:
-    """theta^(-2i/dim) for i < dim/2, float32 (Su et al. 2021, arXiv 2104.09864, section 3.2.2)."""
-    return 1.0 / theta ** (torch.arange(0, dim, 2).float() / dim)
+    def bias(self, layout: Layout, heads: int) -> Tensor | None:
+        """(B, H, T, S) float32 for the scores, -inf where a query does not see a key; or None."""
+        ...
 
 
 @dataclass(frozen=True)
 class Rotary:
-    """Rotary positions: pairs (i, i + dim/2) of each head turn by position * frequency_i.
+    """Rotary positions (Su et al. 2021, arXiv 2104.09864): pairs of each head turn by position * frequency_i.
 
+    `pairs` says which numbers form pair i: "halves" (i, i + dim/2) (GPT-NeoX, Llama) or "adjacent" (2i, 2i + 1) (GPT-J,
+    Cohere, DeepSeek).
     Without `sections` the position is the 1-D index. With `sections` = pairs per axis (t, h, w), summing to dim/2,
     pairs turn by the media position on their axis (M-RoPE, Qwen2-VL, arXiv 2409.12191): axis by axis in blocks, or,
     with `interleaved`, cycling t h w t h w ... while an axis has pairs left (Qwen3-VL), so that each axis spans all
     frequencies. Text has equal positions on all axes, so for text all forms are the 1-D one.
-    `fraction` of each head turns; the rest is left alone.
+    The first `fraction` of each head turns; the rest is left alone.
     """
 
     theta: float = 10_000.0
@@ -87,6 +49,7 @@ class Rotary:
     interleaved: bool = False
     fraction: float = 1.0
     scaling: RopeScaling | None = None
+    pairs: Literal["halves", "adjacent"] = "halves"
 
     def axes(self, pairs: int) -> list[int]:
         """The axis (0 t, 1 h, 2 w) that each of `pairs` pairs follows."""
@@ -103,20 +66,33 @@ class Rotary:
                     axes.append(axis)
         return axes
 
+    def rotated(self, head_dim: int) -> int:
+        """How many of a head's numbers turn. Raises ValueError if they do not form pairs."""
+        dim = int(head_dim * self.fraction)
+        if dim % 2 or not 0 < dim <= head_dim:
+            raise ValueError(
+                f"Rotary.fraction {self.fraction} of head width {head_dim} is {dim} numbers: not a positive even number"
+            )
+        return dim
+
     def tables(self, layout: Layout, head_dim: int) -> tuple[Tensor, Tensor]:
         """cos and sin, (B, T, 1, rotated dim / 2) float32, for the layout's queries; made once a forward pass."""
 
         def make() -> tuple[Tensor, Tensor]:
-            dim = int(head_dim * self.fraction)
-            frequencies, scale = (
-                self.scaling.apply(dim, self.theta) if self.scaling else (inverse_frequencies(dim, self.theta), 1.0)
-            )
-            device = layout.positions.device
+            dim, device = self.rotated(head_dim), layout.positions.device
+            scale = 1.0
+            frequencies = inverse_frequencies(dim, self.theta).to(device)
+            if self.scaling is not None:
+                frequencies, scale = self.scaling.apply(dim, self.theta)
+                frequencies = frequencies.to(device)
+                if (long := self.scaling.long_frequencies(dim, self.theta)) is not None:
+                    is_long = layout.document_lengths() > self.scaling.original_length  # (B, T)
+                    frequencies = torch.where(is_long[..., None], long.to(device), frequencies)
             if self.sections is None:
                 places = layout.queries.index[..., None].float()
             else:
                 places = layout.positions[..., torch.tensor(self.axes(dim // 2), device=device)].float()
-            angles = (places * frequencies.to(device))[:, :, None]
+            angles = (places * frequencies)[:, :, None]
             return angles.cos() * scale, angles.sin() * scale
 
         return layout.remember(("rotary", self, head_dim), make)
@@ -124,30 +100,87 @@ class Rotary:
     def turn(self, x: Tensor, layout: Layout) -> Tensor:
         """(B, T, H, head_dim) -> the same, turned."""
         cos, sin = (table.to(x.dtype) for table in self.tables(layout, x.shape[-1]))
-        pairs = cos.shape[-1]
-        a, b, rest = x.split([pairs, pairs, x.shape[-1] - 2 * pairs], -1)
-        turned = [a * cos - b * sin, b * cos + a * sin]
-        return torch.cat([*turned, rest] if rest.shape[-1] else turned, -1)
+        turning, rest = x.split([2 * cos.shape[-1], x.shape[-1] - 2 * cos.shape[-1]], -1)
+        if self.pairs == "halves":
+            a, b = turning.chunk(2, -1)
+            turned = torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+        else:
+            a, b = turning[..., ::2], turning[..., 1::2]
+            turned = torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)
+        return torch.cat([turned, rest], -1) if rest.shape[-1] else turned
+
+    @property
+    def switches_at(self) -> int | None:
+        """The length of a document beyond which all of its frequencies are others (longrope)."""
+        return self.scaling.original_length if self.scaling is not None and self.scaling.kind == "longrope" else None
+
+    def rotate(self, q: Tensor, k: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+        turned_q, turned_k = self.turn(torch.cat([q, k], 2), layout).split([q.shape[2], k.shape[2]], 2)
+        return turned_q, turned_k
+
+    def bias(self, layout: Layout, heads: int) -> Tensor | None:
+        return None
 
 
 @dataclass(frozen=True)
 class Alibi:
-    """Attention with linear biases: -slope_h * distance on the scores (Press et al. 2021, arXiv 2108.12409)."""
+    """Attention with linear biases: -slope_h * distance on the scores (Press et al. 2021, arXiv 2108.12409).
+
+    `max_bias` is the exponent of the smallest slope, 2^-max_bias: 8 in the paper and BLOOM, MPT's alibi_bias_max.
+    """
+
+    max_bias: float = 8.0
+
+    def rotate(self, q: Tensor, k: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+        return q, k
 
     def bias(self, layout: Layout, heads: int) -> Tensor:
-        """(B, H, T, S) float32 bias, -inf where a query does not see a key."""
-
-        def make() -> Tensor:
-            distance = layout.queries.index[:, :, None] - layout.keys.index[:, None, :]
-            slopes = torch.tensor(alibi_slopes(heads), device=distance.device)
-            bias = -slopes[None, :, None, None] * distance[:, None].float()
-            return bias.masked_fill(~layout.mask(), float("-inf"))
-
-        return layout.remember(("alibi", heads), make)
+        slopes = tuple(alibi_slopes(heads, self.max_bias))
+        return layout.remember(("alibi", slopes), lambda: linear_bias(layout, slopes))
 
 
-def alibi_slopes(heads: int) -> Seq[float]:
-    """2^(-8/n), 2^(-16/n), ... for n a power of two; other counts interleave the next power's (the paper's code)."""
+@dataclass(frozen=True)
+class RotaryAlibi:
+    """The first `rotary_heads` query heads (and their key heads) turn, the rest have linear biases.
+
+    The two kinds of head see place differently: rotary heads resolve order nearby, ALiBi heads reach beyond the trained
+    length. The slopes are those of as many heads as have them.
+    """
+
+    rotary_heads: int
+    rotary: Rotary = Rotary()
+    alibi: Alibi = Alibi()
+
+    @property
+    def switches_at(self) -> int | None:
+        return self.rotary.switches_at
+
+    def rotate(self, q: Tensor, k: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+        group = q.shape[2] // k.shape[2]
+        if self.rotary_heads % group or not 0 < self.rotary_heads < q.shape[2]:
+            raise ValueError(
+                f"RotaryAlibi.rotary_heads {self.rotary_heads} must lie between 0 and the {q.shape[2]} heads and be a "
+                f"multiple of the {group} query heads that share a key head"
+            )
+        keys = self.rotary_heads // group
+        turned_q, turned_k = self.rotary.rotate(q[:, :, : self.rotary_heads], k[:, :, :keys], layout)
+        return torch.cat([turned_q, q[:, :, self.rotary_heads :]], 2), torch.cat([turned_k, k[:, :, keys:]], 2)
+
+    def bias(self, layout: Layout, heads: int) -> Tensor:
+        slopes = (0.0,) * self.rotary_heads + tuple(alibi_slopes(heads - self.rotary_heads, self.alibi.max_bias))
+        return layout.remember(("alibi", slopes), lambda: linear_bias(layout, slopes))
+
+
+def linear_bias(layout: Layout, slopes: tuple[float, ...]) -> Tensor:
+    """(B, H, T, S) float32: -slope_h * (query's place - key's place), -inf where a query does not see a key."""
+    distance = layout.queries.index[:, :, None] - layout.keys.index[:, None, :]
+    slope = torch.tensor(slopes, device=distance.device)[None, :, None, None]
+    return (-slope * distance[:, None].float()).masked_fill(~layout.mask(), float("-inf"))
+
+
+def alibi_slopes(heads: int, max_bias: float = 8.0) -> list[float]:
+    """2^(-max_bias/n), 2^(-2 max_bias/n), ... for n a power of two; other counts go on with every other slope of the
+    next power's (the paper's code)."""
     power = 2 ** math.floor(math.log2(heads))
-    slopes = [2 ** (-8 * (i + 1) / power) for i in range(power)]
-    return slopes + [2 ** (-4 * (2 * i + 1) / power) for i in range(heads - power)]
+    slopes = [2 ** (-max_bias * (i + 1) / power) for i in range(power)]
+    return slopes + [2 ** (-max_bias * (2 * i + 1) / (2 * power)) for i in range(heads - power)]

@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule
 from rich.console import Console
 from rich.table import Table
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 import mm
 from mm.evaluation.benchmarks.base import Benchmark
 from mm.evaluation.runner import evaluate
 
 
+class _Benchmarks(IterableDataset[Benchmark]):
+    """Every rank gets every benchmark: the ranks share each one's questions, not the benchmarks."""
+
+    def __init__(self, benchmarks: Sequence[Benchmark]) -> None:
+        self.benchmarks = benchmarks
+
+    def __iter__(self) -> Iterator[Benchmark]:
+        return iter(self.benchmarks)
+
+
 class EvaluationModule(LightningModule):
-    """Generation-based scoring. One "batch" of validation is one whole benchmark.
+    """Scores of a model on benchmarks. One "batch" of validation is one whole benchmark, which all ranks share.
 
     Args:
         model: directory of a checkpoint, opened with `mm.load`.
@@ -58,12 +68,10 @@ class EvaluationModule(LightningModule):
         self.results: list[dict[str, Any]] = []
 
     def setup(self, stage: str) -> None:
-        if self.trainer.world_size > 1:
-            raise ValueError(f"evaluation runs on one device: give --trainer.devices 1 (now {self.trainer.world_size})")
         self.model = mm.load(self.path)
 
     def val_dataloader(self) -> DataLoader[Benchmark]:
-        return DataLoader(self.benchmarks, batch_size=None)  # type: ignore[arg-type]  # a list is a map-style data set
+        return DataLoader(_Benchmarks(self.benchmarks), batch_size=None)
 
     def transfer_batch_to_device(self, batch: Benchmark, device: Any, dataloader_idx: int) -> Benchmark:
         return batch
@@ -77,10 +85,11 @@ class EvaluationModule(LightningModule):
         numbers = {f"{batch.name}/{name}": value for name, value in result["scores"].items()}
         for control, scores in result["controls"].items():
             numbers |= {f"{batch.name}/{control}/{name}": value for name, value in scores.items()}
-        self.log_dict(numbers, batch_size=1)
+        self.log_dict(numbers, batch_size=1, rank_zero_only=True)  # every rank has the same
 
     def on_validation_end(self) -> None:
-        Console().print(score_table(self.results))
+        if self.trainer.is_global_zero:
+            Console().print(score_table(self.results))
 
     def predict_step(self, batch: Benchmark, batch_idx: int) -> dict[str, Any]:
         """`mm predict`: the answers, written with their scores, without the controls."""
@@ -97,22 +106,42 @@ class EvaluationModule(LightningModule):
 
 
 def score_table(results: Sequence[Mapping[str, Any]]) -> Table:
-    """Scores beside chance and controls, in percent; a dash where a control does not ask those questions."""
+    """Scores with their intervals beside chance and controls; a dash where a control does not ask those questions.
+
+    Fractions are shown in percent, other scores (perplexities, recalls) as they are.
+    """
     controls = list(dict.fromkeys(name for result in results for name in result["controls"]))
-    table = Table(title="Accuracy in percent")
-    for heading in ("benchmark", "questions"):
+    table = Table(title="Scores (fractions in percent)")
+    for heading in ("benchmark", "score"):
         table.add_column(heading, no_wrap=True)
-    for heading in ("model", "chance", *(name.replace("_", " ") for name in controls)):
+    for heading in ("model", "95 %", "random choice", *(name.replace("_", " ") for name in controls)):
         table.add_column(heading, justify="right")
     for result in results:
-        for row, name in enumerate(result["scores"]):
+        label = f"{result['benchmark']} ({result['n']:,})"
+        if not result["scores"]:
+            table.add_row(label, "answers hidden: see its submission folder", *["-"] * (3 + len(controls)))
+        for row, (name, score) in enumerate(result["scores"].items()):
             beside = [result["chance"], *(result["controls"].get(control, {}) for control in controls)]
-            numbers = [f"{100 * scores[name]:.1f}" if name in scores else "-" for scores in (result["scores"], *beside)]
-            label = f"{result['benchmark']} ({result['n']:,})" if row == 0 else ""
             table.add_row(
-                label,
+                label if row == 0 else "",
                 name.replace("_", " ").removesuffix(" accuracy"),
-                *numbers,
+                spell(name, score),
+                " to ".join(spell(name, end) for end in result["intervals"].get(name, ())) or "-",
+                *(spell(name, scores[name]) if name in scores else "-" for scores in beside),
                 end_section=row == len(result["scores"]) - 1,
             )
     return table
+
+
+ABSOLUTE = (
+    "perplexity",
+    "bits_per",
+    "cider",
+    "txt_r",
+    "img_r",
+    "r_mean",
+)  # parts of the names of scores in their own unit
+
+
+def spell(name: str, score: float) -> str:
+    return f"{score:.3f}" if any(part in name for part in ABSOLUTE) else f"{100 * score:.1f}"

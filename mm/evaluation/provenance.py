@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,7 +17,10 @@ import mm
 from mm.evaluation.benchmarks.base import Benchmark
 from mm.types import Media, MediaSpec, Sample
 
-PACKAGES = ("torch", "torchvision", "torchaudio", "lightning", "tokenizers", "timm", "av", "pillow", "soundfile")
+PACKAGES = (
+    *("torch", "torchvision", "torchaudio", "lightning", "tokenizers", "timm", "open_clip_torch", "numpy"),
+    *("av", "pillow", "soundfile", "pyarrow", "jiwer", "whisper-normalizer", "pycocoevalcap"),
+)
 
 
 def fingerprint(samples: Sequence[Sample]) -> str:
@@ -28,7 +31,13 @@ def fingerprint(samples: Sequence[Sample]) -> str:
         for item in sample.media:
             if item not in known:
                 known[item] = hashlib.sha256(media_bytes(item)).hexdigest()
-        content = [sample.key, sample.messages, sample.meta["answers"], [known[item] for item in sample.media]]
+        content = [
+            sample.key,
+            sample.messages,
+            sample.meta.get("answers"),
+            sample.meta.get("text"),
+            [known[item] for item in sample.media],
+        ]
         total.update(json.dumps(content, ensure_ascii=False, sort_keys=True).encode())
     return total.hexdigest()
 
@@ -43,23 +52,55 @@ def media_bytes(item: Media) -> bytes:
         raise ValueError(f"{item.name}: cannot read {item.data}: {error.strerror}") from None
 
 
-def describe(model: Any, benchmark: Benchmark, samples: Sequence[Sample], **settings: Any) -> dict[str, Any]:
-    """The "provenance" of a result; `settings` are added as they are (decoding, seed, paths)."""
-    path = settings.get("model_path")
+def describe(
+    model: Any,
+    benchmark: Benchmark,
+    samples: Sequence[Sample],
+    model_path: str | Path | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The "provenance" of a result; `settings` are the runner's (seed, limit, batch size, ...), kept as they are."""
     return {
-        "model": {"path": None if path is None else str(path), "manifest_sha256": _manifest_hash(path)},
+        "model": _model(model_path),
         "config": getattr(model, "config", None),
         "template": _public(model.template) if hasattr(model, "template") else None,
         "media": _media(model),
         "attention_backend": _attention_backend(model),
         "precision": _precision(model),
-        "device": str(getattr(model, "device", "cpu")),
+        "device": _device(model),
         "benchmark": benchmark.config(),
         "prompt": benchmark.prompt,
+        "decoding": _decoding(benchmark),
         "dataset": {"origin": benchmark.origin(), "n": len(samples), "fingerprint": fingerprint(samples)},
         "generated": bool(samples[0].meta.get("generated", False)),
         "versions": versions(),
-        **{name: value for name, value in settings.items() if name != "model_path"},
+        **(settings or {}),
+    }
+
+
+def identity_of(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a provenance on which single responses depend: the same, and responses may be used again.
+
+    Neither limits, batch sizes and numbers of ranks are in it, nor the answers and scoring, nor where files lie.
+    """
+    told = ("template", "media", "attention_backend", "precision", "device", "prompt", "decoding", "config")
+    return {
+        "model": {name: value for name, value in provenance["model"].items() if name != "path"},
+        "versions": {name: provenance["versions"].get(name) for name in ("mm", "torch", "tokenizers")},
+        **{name: provenance[name] for name in told},
+    }
+
+
+def _decoding(benchmark: Benchmark) -> dict[str, Any]:
+    if benchmark.ask != "text":
+        return {"method": f"likelihood of {benchmark.ask}" if benchmark.ask != "embedding" else "embedding",
+                "plain": benchmark.plain, "max_length": getattr(benchmark, "max_length", None)}  # fmt: skip
+    return {
+        "method": "sampled" if benchmark.temperature else "greedy",
+        "temperature": benchmark.temperature,
+        "max_new_tokens": benchmark.max_new_tokens,
+        "stop": list(benchmark.stop),
+        "plain": benchmark.plain,
     }
 
 
@@ -73,9 +114,25 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _manifest_hash(path: str | Path | None) -> str | None:
-    manifest = None if path is None else Path(path) / "manifest.json"
-    return hashlib.sha256(manifest.read_bytes()).hexdigest() if manifest and manifest.is_file() else None
+def _model(path: str | Path | None) -> dict[str, Any]:
+    """Its path and the hash of its manifest (which holds its files' hashes) or, without one, of all its files."""
+    if path is None:
+        return {"path": None, "manifest_sha256": None}
+    path = Path(path)
+    manifest = path / "manifest.json"
+    if manifest.is_file():
+        return {"path": str(path), "manifest_sha256": hashlib.sha256(manifest.read_bytes()).hexdigest()}
+    total = hashlib.sha256()
+    for file in sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]:
+        with file.open("rb") as stream:
+            total.update(f"{file.name}:{hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+    return {"path": str(path), "manifest_sha256": None, "files_sha256": total.hexdigest()}
+
+
+def _device(model: Any) -> str:
+    """ "cpu", or the GPU's own name."""
+    device = torch.device(getattr(model, "device", "cpu"))
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _media(model: Any) -> dict[str, Any]:

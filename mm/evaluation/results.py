@@ -1,4 +1,7 @@
-"""Result files: NAME.json, NAME.predictions.jsonl and NAME.media/ in one directory.
+"""Result files, all in one directory:
+
+    NAME.json  NAME.predictions.jsonl  NAME.media/     the result, a line a sample, media for the gallery
+    NAME.submission/                                   what the benchmark's own server or script takes
 
 Predictions are read back by `read_predictions`, and scored again, without the model, by `rescore`.
 """
@@ -8,7 +11,6 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,10 @@ from PIL import Image
 
 from mm.checkpoint import write_atomically
 from mm.datasets.decode import decode_image
-from mm.evaluation.benchmarks.base import Benchmark, Record, check_samples, records_of
+from mm.datasets.source import read_json
+from mm.evaluation.benchmarks.base import Benchmark, check_samples
 from mm.evaluation.provenance import media_bytes
+from mm.evaluation.records import Record, Response, make_records
 from mm.types import Media, Sample
 
 MAX_SIDE = 320  # pixels of a kept picture
@@ -25,34 +29,77 @@ MAX_BYTES = 400_000  # of a kept sound or video
 SUFFIX = {"image": ".png", "audio": ".wav", "video": ".mp4"}  # of media whose name has none
 
 
-def write(directory: Path, result: Mapping[str, Any], records: Sequence[Record]) -> None:
-    """Writes both files, the result last: where it stands, its predictions do too."""
+def write(
+    directory: Path, result: Mapping[str, Any], records: Sequence[Record], submission: Mapping[str, Any] | None = None
+) -> None:
+    """Writes the files, the result last: where it stands, its predictions do too."""
     directory.mkdir(parents=True, exist_ok=True)
     name = result["benchmark"]
-    lines = "".join(json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in records)
-    write_atomically(directory / f"{name}.predictions.jsonl", lines.encode())
+    lines = "".join(json.dumps(record.to_json(), ensure_ascii=False, default=str) + "\n" for record in records)
+    write_atomically(directory / f"{name}.predictions.jsonl", lines.encode("utf-8", "replace"))
+    for file, content in (submission or {}).items():
+        path = directory / f"{name}.submission" / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False, indent=1)
+        write_atomically(path, text.encode("utf-8", "replace"))
     text = json.dumps(result, ensure_ascii=False, indent=2, default=str) + "\n"
-    write_atomically(directory / f"{name}.json", text.encode())
+    write_atomically(directory / f"{name}.json", text.encode("utf-8", "replace"))
 
 
-def read_predictions(path: Path) -> dict[str, str]:
-    """{id: prediction} of a predictions file. Raises ValueError naming file, line and id."""
-    predictions: dict[str, str] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+def read_result(path: Path) -> dict[str, Any]:
+    """A result file. Raises ValueError naming a file that is none."""
+    result = read_json(path)
+    if not isinstance(result, dict) or not {"benchmark", "scores", "provenance"} <= set(result):
+        raise ValueError(f"{path}: not a result of an evaluation: it has no benchmark, scores and provenance")
+    return result
+
+
+def read_records(path: Path) -> list[Record]:
+    """The lines of a predictions file, whole. Raises ValueError naming file, line and id."""
+    records: list[Record] = []
+    seen: set[str] = set()
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+        if not line:
+            continue
+        try:
+            record = Record.from_json(json.loads(line))
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path}, line {number}: not a line of predictions ({error})") from None
+        if record.id in seen:
+            raise ValueError(f"{path}, line {number}: the id {record.id!r} appears twice")
+        seen.add(record.id)
+        records.append(record)
+    return records
+
+
+def read_predictions(path: Path) -> dict[str, Response]:
+    """{id: response} of a predictions file. Raises ValueError naming file, line and id.
+
+    A line needs "id" and "prediction" alone; "details" may bring what a likelihood benchmark needs.
+    """
+    predictions: dict[str, Response] = {}
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+        if not line:
+            continue
         try:
             entry = json.loads(line)
-            key, text = entry["id"], entry["prediction"]
-        except (json.JSONDecodeError, KeyError, TypeError):
+            key, text, details = entry["id"], entry["prediction"], entry.get("details", {})
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
             raise ValueError(f'{path}, line {number}: not an object with "id" and "prediction"') from None
         if not isinstance(text, str):
             raise ValueError(f"{path}, line {number}: the prediction for {key!r} is {text!r}, not a string")
         if key in predictions:
             raise ValueError(f"{path}, line {number}: the id {key!r} appears twice")
-        predictions[key] = text
+        logs, tokens = tuple(details.get("loglikelihoods", ())), tuple(details.get("tokens", ()))
+        predictions[key] = Response(text, logs, tokens, entry.get("confidence"))
     return predictions
 
 
-def rescore(benchmark: Benchmark, predictions: Mapping[str, str], file: str | Path) -> list[Record]:
+def rescore(benchmark: Benchmark, predictions: Mapping[str, Response], file: str | Path) -> list[Record]:
     """Records of saved predictions for the whole benchmark, in its order.
 
     Raises ValueError, naming the first id and `file`, if a prediction is missing or its id unknown.
@@ -65,8 +112,8 @@ def rescore(benchmark: Benchmark, predictions: Mapping[str, str], file: str | Pa
     for problem, keys in (("an unknown id", unknown), ("no prediction for", missing)):
         if keys:
             raise ValueError(f"{file}: {problem} {keys[0]!r} ({len(keys)} such ids; {benchmark.origin()})")
-    texts = [predictions[sample.key] for sample in samples]
-    return records_of(samples, texts, benchmark.score_all(samples, texts))
+    responses = [predictions[sample.key] for sample in samples]
+    return make_records(samples, responses, benchmark.mark_all(samples, responses))
 
 
 def keep_gallery(directory: Path, name: str, samples: Sequence[Sample], records: Sequence[Record], limit: int) -> None:

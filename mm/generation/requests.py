@@ -63,7 +63,7 @@ def check_at_least_one(**arguments: int | None) -> None:
 
 def stop_ids(model: GenerativeModel) -> frozenset[int]:
     """The ids that close the assistant's turn."""
-    return frozenset({model.tokenizer.special(model.template.end)})
+    return model.template.stop_ids(model.tokenizer)
 
 
 def encode_requests(

@@ -47,7 +47,8 @@ class Align:
         output = model(batch, features=features)
         caption, tokens, right = next_token_loss(output)
         tokens = tokens.clamp(min=1)
-        terms = self.balance.losses([routing for routing in output.routings if routing is not None])
+        routings = [routing for routing in output.routings if routing is not None]
+        terms = self.balance.losses(routings, output.sequence.document_ids)
         parts = {"caption": caption.detach() / tokens, "accuracy": right / tokens}
         mean = self.captioning * caption / tokens + sum(terms.values())
         if self.contrastive != "none":

@@ -43,7 +43,7 @@ def next_token_loss(output: ModelOutput) -> tuple[Tensor, Tensor, Tensor]:
     sequence = output.sequence
     rows, columns = ((sequence.labels != IGNORE) & (sequence.predecessor >= 0)).nonzero(as_tuple=True)
     labels = sequence.labels[rows, columns]
-    logits = output.head(output.hidden[rows, sequence.predecessor[rows, columns]]).float()
+    logits = output.head(output.hidden[rows, sequence.predecessor[rows, columns]])
     loss = F.cross_entropy(logits, labels, reduction="sum") if len(labels) else logits.sum()
     right = (logits.detach().argmax(-1) == labels).sum() if len(labels) else labels.new_zeros(())
     return loss, torch.tensor(float(len(labels)), device=logits.device), right

@@ -22,15 +22,18 @@ from tqdm import tqdm
 
 from mm import checkpoint
 from mm.decoder.ffn.moe import max_over_mean_load
+from mm.training.logs import open_log
 from mm.types import MODALITIES, Routing
 
 ROUTING_FILE = "routing.jsonl"
+SAMPLES_FILE = "samples.jsonl"
 
 
 class Step(Protocol):
     """What the callbacks need to know of one training step: this rank's counts, and each layer's routing.
 
-    `positions` is rows x length of the batch, `tokens` those of them that are not padding. `routings` has one entry per
+    `positions` is rows x length of the batch, `tokens` those of them that are not padding. `loss` is a sum over `count`
+    things. `routings` has one entry per
     decoder layer, None where the layer is dense; `modality_ids` (B, T) indexes `MODALITIES`.
     """
 
@@ -39,6 +42,8 @@ class Step(Protocol):
     samples: int
     routings: list[Routing | None]
     modality_ids: Tensor
+    loss: Tensor
+    count: Tensor
 
 
 class Throughput(Callback):
@@ -100,22 +105,9 @@ def expert_counts(routing: Routing, modality_ids: Tensor) -> Tensor:
     """
     experts = routing.logits.shape[-1]
     cells_SK = modality_ids.reshape(-1, 1) * experts + routing.indices
-    chosen_SK = routing.mask.reshape(-1, 1).expand_as(cells_SK).long()
+    chosen_SK = routing.chosen().long()
     counts = torch.zeros(len(MODALITIES) * experts, dtype=torch.int64, device=cells_SK.device)
     return counts.index_add_(0, cells_SK.reshape(-1), chosen_SK.reshape(-1)).view(len(MODALITIES), experts)
-
-
-def lines_until(path: Path, last_step: int) -> list[str]:
-    """The lines of a routing file up to a step. A last line torn by a killed run is left out."""
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            step = json.loads(line)["step"]
-        except json.JSONDecodeError:
-            break
-        if step <= last_step:
-            kept.append(line)
-    return kept
 
 
 class RoutingMonitor(Callback):
@@ -138,14 +130,8 @@ class RoutingMonitor(Callback):
         self._path = Path()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        directory = trainer.log_dir  # asks rank zero, so every rank must
-        self._path = Path(directory or trainer.default_root_dir) / ROUTING_FILE
+        self._path = open_log(trainer, ROUTING_FILE)
         self._counts, self._written_step = {}, trainer.global_step
-        if trainer.is_global_zero:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            # Steps after the checkpoint are trained again: their old lines would be counted twice.
-            kept = lines_until(self._path, trainer.global_step) if self._path.exists() else []
-            self._path.write_text("".join(line + "\n" for line in kept))
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -182,6 +168,43 @@ class RoutingMonitor(Callback):
             with self._path.open("a") as file:
                 file.write(json.dumps({"step": trainer.global_step, "layers": layers}) + "\n")
         return max(entry["max_over_mean"] for entry in layers)
+
+
+class SampleLog(Callback):
+    """Writes what was trained on to `samples.jsonl` in the trainer's log directory, one line a step and rank:
+
+        {"step": 12, "rank": 0, "keys": ["a_7", ...], "loss": "0x1.8p+0"}
+
+    The keys are this rank's, in the order of the stream: those of all ranks, one after another, are the global batch.
+    The loss is the mean over this rank's batch (all batches of the step, where gradients are accumulated), exact: a
+    hexadecimal float. A resumed run goes on with its file, and its lines are those of an unbroken one, bit for bit.
+    Reading the loss waits for the step to end, which costs some speed on a GPU.
+    """
+
+    def __init__(self) -> None:
+        self._path = Path()
+        self._step = 0
+        self._keys: list[str] = []
+        self._losses: list[tuple[float, float]] = []
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._path, self._step = open_log(trainer, SAMPLES_FILE), trainer.global_step
+        self._keys, self._losses = [], []
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step: Step = pl_module.last_step  # type: ignore[assignment]
+        self._keys += batch.keys
+        self._losses.append((float(step.loss), float(step.count)))
+        if trainer.global_step == self._step:
+            return  # more batches of this step are to come
+        self._step = trainer.global_step
+        loss = sum(loss for loss, _ in self._losses) / max(1.0, sum(count for _, count in self._losses))
+        line = {"step": self._step, "rank": trainer.global_rank, "keys": self._keys, "loss": loss.hex()}
+        with self._path.open("ab", buffering=0) as file:  # one write a line: the ranks of a machine share the file
+            file.write((json.dumps(line) + "\n").encode())
+        self._keys, self._losses = [], []
 
 
 def short_number(value: float) -> str:

@@ -13,12 +13,14 @@ import logging
 import re
 import warnings
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from jsonargparse import ActionConfigFile  # pyright: ignore[reportPrivateImportUsage]
+from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -26,6 +28,8 @@ from typing_extensions import override
 
 import mm
 from mm.allowlist import ALLOWED, allow_imports
+from mm.training.checkpoints import AtomicCheckpointIO, CheckpointProbe
+from mm.training.resume import ResumeCheck
 
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
 SEED = 0
@@ -73,12 +77,40 @@ class MultimodalCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         self.config = parser.parse_args(args)
 
+    def __init__(self, args: Sequence[str], allow_change: Sequence[str] = ()) -> None:
+        self.allow_change = allow_change  # keys of the config that a resumed run may change
+        super().__init__(
+            args=list(args),
+            parser_kwargs={"prog": "mm", **{name: {"epilog": _EPILOG} for name in SUBCOMMANDS}},
+            save_config_callback=SaveConfig,
+            seed_everything_default=SEED,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+        )
+
+    @cached_property
+    def plain(self) -> dict[str, Any]:
+        """The subcommand's config, parsed and completed, as plain values."""
+        return yaml.safe_load(self.parser.dump(self.config, skip_unset=False))[self.subcommand]
+
+    @override
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Checkpoints are written atomically, unless the config names another plugin for them, and a run is resumed
+        with the config that it was started with."""
+        config = self._get(self.config_init, "trainer", default={})
+        plugins = config.get("plugins") or []
+        plugins = list(plugins) if isinstance(plugins, (list, tuple)) else [plugins]
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            plugins.append(AtomicCheckpointIO())
+        if self.subcommand == "fit":
+            self.trainer_defaults["callbacks"] = [CheckpointProbe(), ResumeCheck(self.plain, self.allow_change)]
+        return super().instantiate_trainer(plugins=plugins, **kwargs)
+
     @override
     def after_instantiate_classes(self) -> None:
         """Gives the network the plain dict that rebuilds it, if the config spells it out (and does not name a
         checkpoint, which carries its own)."""
-        config = yaml.safe_load(self.parser.dump(self.config, skip_unset=False))[self.subcommand]
-        network = config["model"].get("init_args", {}).get("model")
+        network = self.plain["model"].get("init_args", {}).get("model")
         if isinstance(network, dict):
             self.model.model.config = network  # type: ignore[union-attr]
 
@@ -94,18 +126,11 @@ class MultimodalCLI(LightningCLI):
 
 def main(argv: Sequence[str]) -> None:
     """Runs `argv[0]` (fit, validate, test, predict) with its options. Raises ConfigError for what a user can mend."""
-    args, allowed = _take_allow_import(list(argv))
-    allow_imports(allowed)
+    own, args = _own_options().parse_known_args(list(argv))
+    allow_imports(own.allow_import)
     _quieten()
     try:
-        MultimodalCLI(
-            args=args,
-            parser_kwargs={"prog": "mm", **{name: {"epilog": _EPILOG} for name in SUBCOMMANDS}},
-            save_config_callback=SaveConfig,
-            seed_everything_default=SEED,
-            auto_configure_optimizers=False,
-            load_from_checkpoint_support=False,
-        )
+        MultimodalCLI(args, own.allow_change)
     except argparse.ArgumentError as error:
         raise ConfigError(shorten(error.message)) from error
     except MisconfigurationException as error:
@@ -114,7 +139,8 @@ def main(argv: Sequence[str]) -> None:
 
 _EPILOG = (
     f"class_path may name {', '.join(ALLOWED)} only; --allow-import NAME (repeatable) adds a package that you trust. "
-    "It is an option of the command line alone: no config can allow itself."
+    "It is an option of the command line alone: no config can allow itself. --allow-change KEY (repeatable) lets a "
+    "resumed run differ from its checkpoint in KEY and all below it (model.optim.lr, data.seed)."
 )
 _NOISE = re.compile(r"Does not validate against|Subtypes:|Errors:|Given value|Problem with given class_path")
 _KEY = re.compile(r'Parser key "([^"]+)":\s*(.*)')
@@ -160,11 +186,12 @@ def _reason(text: str) -> str:
     return text.replace("required: fit.model", "required: model (give --config FILE)")
 
 
-def _take_allow_import(args: list[str]) -> tuple[list[str], list[str]]:
+def _own_options() -> argparse.ArgumentParser:
+    """Options of the command line alone, which no config can carry."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--allow-import", action="append", default=[], metavar="NAME")
-    known, rest = parser.parse_known_args(args)
-    return rest, known.allow_import
+    parser.add_argument("--allow-change", action="append", default=[], metavar="KEY")
+    return parser
 
 
 def _quieten() -> None:

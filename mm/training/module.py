@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import random
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from mm.checkpoint import load, load_weights
+from mm.datasets.mixture import subseed
 from mm.decoder.ffn.balance import Balance
 from mm.decoder.ffn.moe import moe_layers
 from mm.model import MultimodalModel
@@ -20,18 +24,24 @@ from mm.objectives.base import Loss, Objective
 from mm.objectives.instruct import NextToken
 from mm.objectives.retrieval import RetrievalPool
 from mm.training.optim import OptimConfig, freeze_all_but
+from mm.training.resume import ResumeCheck
 from mm.types import Batch, Routing
 
 
 @dataclass
 class StepInfo:
-    """The batch just trained on, for callbacks: this rank's counts, and how its tokens were routed."""
+    """The batch just trained on, for callbacks: this rank's counts, how its tokens were routed, and its loss.
+
+    loss, count  the objective's sum over the rank's batch, and of how many things; no gradient
+    """
 
     tokens: int
     positions: int
     samples: int
     routings: list[Routing | None]
     modality_ids: Tensor
+    loss: Tensor
+    count: Tensor
 
     @staticmethod
     def of(batch: Batch, loss: Loss) -> StepInfo:
@@ -39,7 +49,15 @@ class StepInfo:
         sequence = loss.output.sequence
         samples = sum(len(row) for row in batch.samples)
         tokens = int(sequence.mask.sum())
-        return StepInfo(tokens, sequence.mask.numel(), samples, loss.output.routings, sequence.modality_ids)
+        return StepInfo(
+            tokens,
+            sequence.mask.numel(),
+            samples,
+            loss.output.routings,
+            sequence.modality_ids,
+            loss.total.detach(),
+            loss.count.detach(),
+        )
 
 
 class ObjectiveModule(pl.LightningModule):
@@ -66,11 +84,17 @@ class ObjectiveModule(pl.LightningModule):
         self.trained = freeze_all_but(self.model, train)
         if not objective.trains_embedding_head:
             self._freeze("embedding_head")
+        trains_mtp = getattr(objective, "trains_mtp", False)
+        if not trains_mtp:
+            self._freeze("decoder.mtp")
         self.model.train()
-        self.moe = moe_layers(self.model)
+        # In the order of the routings: the layers', then those of multi-token prediction, where it is trained.
+        self.moe = moe_layers(self.model.decoder.layers)
+        if trains_mtp and self.model.decoder.mtp is not None:
+            self.moe += moe_layers(self.model.decoder.mtp)
         self.last_step: StepInfo | None = None
         self._count: Tensor | None = None
-        self._loads: Tensor | None = None
+        self._loads: list[Tensor] | None = None
 
     def _freeze(self, part: str) -> None:
         """A part that this objective never reaches: DDP would wait for its gradients."""
@@ -78,6 +102,15 @@ class ObjectiveModule(pl.LightningModule):
             if name.startswith(part + "."):
                 parameter.requires_grad_(False)
         self.trained = [name for name in self.trained if not name.startswith(part + ".")]
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """What is drawn in a step (dropout, ...) depends on the run's seed, the step and the rank, and on nothing that
+        happened before: a resumed run draws what the unbroken one would have, and no state needs to be kept."""
+        done = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed
+        drawn = subseed(os.environ.get("PL_GLOBAL_SEED", "0"), "step", done, self.global_rank)
+        random.seed(drawn)
+        np.random.seed(drawn & 0xFFFFFFFF)
+        torch.manual_seed(drawn)
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
         loss = self.objective(self.model, batch)
@@ -118,18 +151,38 @@ class ObjectiveModule(pl.LightningModule):
     def on_fit_start(self) -> None:
         self.model.train()
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Before the weights: of another config, they would not fit, which says less than the key that differs."""
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, ResumeCheck):
+                callback.check(self.trainer, checkpoint)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Between the batches of one optimizer step the gradients so far are in no checkpoint: it then says that the
+        step has not begun, which is what its weights say, and the step's batches are read again."""
+        every = self.trainer.accumulate_grad_batches
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        pending = 0 if self._count is None else progress["current"]["processed"] % every
+        for counters in (progress["current"], progress["total"]):
+            for name in ("ready", "started", "processed", "completed"):
+                counters[name] -= pending
+        if pending and progress["current"]["completed"] < progress["current"]["processed"]:
+            # Lightning counts the step of the batch that it believes to have just ended; that step is counted already.
+            checkpoint["loops"]["fit_loop"]["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1
+
     def _note_loads(self, loss: Loss) -> None:
         balance: Balance | None = getattr(self.objective, "balance", None)
         if balance is None or not balance.bias_rate or not self.moe or loss.output is None:
             return
-        loads = torch.stack([routing.load() for routing in loss.output.routings if routing is not None])
-        self._loads = loads if self._loads is None else self._loads + loads
+        loads = [routing.demand() for routing in loss.output.routings if routing is not None]
+        self._loads = loads if self._loads is None else [a + b for a, b in zip(self._loads, loads, strict=True)]
 
     def _update_biases(self) -> None:
         if self._loads is None:
             return
         if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(self._loads)
+            for load in self._loads:
+                dist.all_reduce(load)
         self.objective.balance.update_biases(self.moe, self._loads)  # type: ignore[attr-defined]
         self._loads = None
 

@@ -24,12 +24,14 @@ class OptimConfig:
 
     def optimizer(self, module: nn.Module) -> AdamW:
         """Fused AdamW (the fastest on CPU and GPU): matrices decay; biases, norms, gates and scales do not."""
-        trained = [p for p in module.parameters() if p.requires_grad]
+        trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
         if not trained:
             raise ValueError("nothing to train: every parameter is frozen; check the stage's `train` patterns")
+        # The biases of experts are rows of a matrix, one an expert.
+        decays = {name for name, p in trained.items() if p.ndim >= 2 and not name.endswith("bias")}
         groups = [
-            {"params": [p for p in trained if p.ndim >= 2], "weight_decay": self.weight_decay},
-            {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+            {"params": [p for name, p in trained.items() if name in decays], "weight_decay": self.weight_decay},
+            {"params": [p for name, p in trained.items() if name not in decays], "weight_decay": 0.0},
         ]
         return AdamW([group for group in groups if group["params"]], lr=self.lr, betas=self.betas, fused=True)
 

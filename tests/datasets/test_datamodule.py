@@ -300,9 +300,10 @@ def trainer(directory: Path, *callbacks: Callback, **options: Any) -> Trainer:
 def fit(
     shards: dict[str, DataSet], tmp_path: Path, callbacks: list[Callback], ckpt: Path | None = None, **options: Any
 ) -> Probe:
-    stream = {k: options.pop(k) for k in ("workers", "samples_per_batch", "seed", "allow_change") if k in options}
+    stream = {k: options.pop(k) for k in ("workers", "samples_per_batch", "seed") if k in options}
     probe = Probe()
     module = data(shards, **stream)
+    module.allow_change = options.pop("allow_change", ())
     module._reader = None  # the trainer's module says what to encode for
     try:
         trainer(tmp_path, *callbacks, **options).fit(probe, module, ckpt_path=ckpt, weights_only=False)
@@ -387,11 +388,11 @@ def test_a_resume_with_other_data_settings_is_refused_by_name(
 ) -> None:
     fit(shards, tmp_path, [saver(tmp_path, every_n_train_steps=4), Crash(5)])
     checkpoint = tmp_path / "epoch=0-step=4.ckpt"
-    with pytest.raises(ValueError, match=r"seed: 3 -> 4.*allow_change"):
+    with pytest.raises(ValueError, match=r"data\.seed: 3 -> 4\..*--allow-change data\.seed"):
         fit(shards, tmp_path, [], checkpoint, seed=4)
-    with pytest.raises(ValueError, match="train: .*'a'"):
+    with pytest.raises(ValueError, match=r"data\.train\.a\.shards: .*data\.train\.b\.shards"):
         fit({"a": shards["b"], "b": shards["a"]}, tmp_path, [], checkpoint)
-    changed = fit(shards, tmp_path, [], checkpoint, seed=4, allow_change=["seed"])
+    changed = fit(shards, tmp_path, [], checkpoint, seed=4, allow_change=["data.seed"])
     assert len(changed.seen) == 8 and changed.seen != unbroken[4:]
     probe = Probe()
     trainer(tmp_path).validate(probe, data(shards, seed=4), ckpt_path=checkpoint, weights_only=False)

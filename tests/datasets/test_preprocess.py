@@ -4,8 +4,9 @@ import json
 
 import pytest
 
+from mm.cli import main as mm
 from mm.datasets.preprocess import main
-from mm.datasets.shards import ShardDataset
+from mm.datasets.shard_reader import ShardDataset
 
 
 @pytest.fixture
@@ -16,7 +17,7 @@ def folder(tmp_path):
 
 
 def shard(*arguments):
-    return main([str(argument) for argument in (*arguments, "--workers", 1)])
+    return mm(["shard", *(str(argument) for argument in (*arguments, "--workers", 1))])
 
 
 def test_a_recognised_path(folder, tmp_path, capsys):

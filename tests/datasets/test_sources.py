@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from mm.datasets.catalog import FOLDER, defaults, names, open_source, source_class
-from mm.datasets.shards import ShardDataset, write_shards
+from mm.datasets.shard_reader import ShardDataset
+from mm.datasets.shards import write_shards
 from mm.datasets.source import Source
 from mm.datasets.sources.coco_captions import COCOCaptions
 from mm.datasets.sources.folder import Folder

@@ -215,3 +215,48 @@ def test_bad_samples_are_named(keys, answers, message):
     samples = [Sample(key, [], meta={"answers": a}) for key, a in zip(keys, answers, strict=True)]
     with pytest.raises(ValueError, match=message):
         check_samples(samples, "file.json")
+
+
+def test_mmmu_submission_has_both_official_forms(mmmu_folder):
+    benchmark = MMMUBenchmark(mmmu_folder)
+    samples = benchmark.samples()
+    texts = ["(B)", "zzz", "it is five"]
+    files = benchmark.submission(records_of(samples, texts, benchmark.score_all(samples, texts)))
+    drawn = mmmu.official_rng().choice(["A", "B", "C"])
+    assert files["answers.json"] == {
+        "validation_Art_1": "B", "validation_Art_2": drawn, "validation_Math_1": "it is five",
+    }  # fmt: skip
+    assert files["Math/output.json"] == [
+        {"id": "validation_Math_1", "question_type": "open", "answer": ["5", "five"], "all_choices": [],
+         "index2ans": {}, "response": "it is five"}
+    ]  # fmt: skip
+    parsed, right = mmmu.evaluate_responses(files["Art/output.json"])
+    assert parsed == {"validation_Art_1": "B", "validation_Art_2": drawn}
+    assert right == {"validation_Art_1": True, "validation_Art_2": drawn == "C"}
+
+
+def test_vqav2_submission_is_scored_officially_as_here(vqa_files):
+    benchmark = vqav2(vqa_files)
+    samples = benchmark.samples()
+    records = records_of(samples, ["Blue.", "yes"], benchmark.score_all(samples, ["Blue.", "yes"]))
+    [(name, rows)] = benchmark.submission(records).items()
+    assert name == "q_results.json"
+    assert rows == [{"question_id": 42000, "answer": "Blue."}, {"question_id": 42001, "answer": "yes"}]
+    official = vqa.evaluate(*(json.loads((vqa_files / f).read_text()) for f in ("q.json", "a.json")), rows)
+    assert benchmark.aggregate(records)["accuracy"] == pytest.approx(official["overall"] / 100)
+
+
+def test_vqav2_test_set(vqa_files):
+    benchmark = VQAv2Benchmark(vqa_files / "q.json", images=vqa_files / "val2014", hidden=True)
+    samples = benchmark.samples()
+    assert not any("answers" in sample.meta for sample in samples)
+    check_samples(samples, benchmark.origin())
+    with pytest.raises(ValueError, match="hidden=true, but there are annotations"):
+        VQAv2Benchmark(vqa_files / "q.json", vqa_files / "a.json", vqa_files / "val2014", hidden=True).samples()
+
+
+def test_vqav2_of_another_version(vqa_files):
+    data = json.loads((vqa_files / "q.json").read_text()) | {"info": {"version": "1.0"}}
+    (vqa_files / "q.json").write_text(json.dumps(data))
+    with pytest.raises(ValueError, match=r"q\.json: version is '1.0'; this benchmark reads version 2.0"):
+        vqav2(vqa_files).samples()

@@ -36,7 +36,7 @@ def test_every_benchmark_has_a_config():
 
 def test_validation_through_lightning(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(module.mm, "load", lambda path: nn.Linear(1, 1).eval(), raising=False)
-    monkeypatch.setattr(module, "evaluate", lambda *args, **options: evaluate(*args, **options, generate=Seer()))
+    monkeypatch.setattr(module, "evaluate", lambda *args, **options: evaluate(*args, **options, respond=Seer()))
     evaluation = EvaluationModule(str(tmp_path / "model"), [ColorBenchmark()], show_progress=False)
     trainer = Trainer(
         accelerator="cpu",
@@ -54,11 +54,11 @@ def test_validation_through_lightning(tmp_path, monkeypatch, capsys):
 
 
 def test_table_shows_scores_beside_chance_and_controls():
-    result = evaluate(None, ColorBenchmark(), show_progress=False, generate=Seer())
-    console = Console(width=120, record=True, file=open("/dev/null", "w"))
+    result = evaluate(None, ColorBenchmark(), show_progress=False, respond=Seer())
+    console = Console(width=150, record=True, file=open("/dev/null", "w"))
     console.print(score_table([result]))
     row = next(line for line in console.export_text().splitlines() if re.search(r"│ color ", line))
-    assert re.findall(r"[\d.]+", row) == ["100.0", "25.0", "25.0", "0.0"]
+    assert re.findall(r"[\d.]+", row) == ["100.0", "100.0", "100.0", "25.0", "25.0", "0.0"]
 
 
 def test_a_benchmark_may_be_given_once():

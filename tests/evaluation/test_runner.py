@@ -11,8 +11,8 @@ from .toys import ColorBenchmark, Seer
 
 
 def run(tmp_path=None, **options):
-    seer = options.pop("generate", Seer())
-    return evaluate(None, ColorBenchmark(), output=tmp_path, show_progress=False, generate=seer, **options), seer
+    seer = options.pop("respond", Seer())
+    return evaluate(None, ColorBenchmark(), output=tmp_path, show_progress=False, respond=seer, **options), seer
 
 
 def test_scores_chance_and_controls(tmp_path):
@@ -27,18 +27,19 @@ def test_scores_chance_and_controls(tmp_path):
 
 
 def test_files_say_the_same_as_the_result(tmp_path):
-    result, _ = run(tmp_path, seed=3, model_path=tmp_path)
+    result, _ = run(tmp_path, seed=3)
     saved = json.loads((tmp_path / "colors.json").read_text())
     assert saved["scores"] == result["scores"]
     assert saved["provenance"]["benchmark"]["init_args"] == {"n": 12}
     assert saved["provenance"]["seed"] == 3
     assert saved["provenance"]["decoding"]["max_new_tokens"] == 3
+    assert saved["provenance"]["controls"] is True and saved["provenance"]["ranks"] == 1
     assert saved["provenance"]["dataset"]["fingerprint"] == fingerprint(ColorBenchmark().samples())
     lines = [json.loads(line) for line in (tmp_path / "colors.predictions.jsonl").read_text().splitlines()]
     assert [line["id"] for line in lines] == [f"q{i}" for i in range(12)] + ["plain"]
     assert lines[1] == {
         "id": "q1", "question": "what color?", "answers": ["green"], "prediction": "green", "score": 1.0,
-        "category": "color", "media": "colors.media/000001.png",
+        "category": "color", "media": "colors.media/000001.png", "confidence": 0.75,
     }  # fmt: skip
     with Image.open(tmp_path / lines[1]["media"]) as picture:
         assert picture.size == (4, 4) and picture.getpixel((0, 0)) == (0, 128, 0)
@@ -53,9 +54,19 @@ def test_equal_requests_are_answered_once():
     assert len([s for s in seer.asked if not s.media and s.messages[-1]["content"] != "yes?"]) == 1
 
 
-def test_generation_gets_its_settings():
-    _, seer = run(batch_size=7)
-    assert seer.options["max_new_tokens"] == 3 and seer.options["batch_size"] == 7
+def test_responses_are_asked_for_a_few_batches_at_a_time():
+    _, seer = run(batch_size=1, controls=False)
+    assert seer.batch_sizes == [(4, 1), (1, 1)]
+
+
+def test_intervals_and_calibration():
+    result, _ = run()
+    assert result["intervals"]["accuracy"] == [1.0, 1.0]
+    assert result["calibration"]["n"] == 13
+    assert result["calibration"]["ece"] == pytest.approx(0.25)
+    assert result["calibration"]["bins"] == [
+        {"low": 0.7, "high": 0.8, "n": 13, "confidence": pytest.approx(0.75), "accuracy": 1.0}
+    ]
 
 
 def test_small_batches_give_the_same(tmp_path):
@@ -80,11 +91,11 @@ def test_without_controls():
 
 
 def test_too_few_answers_are_noticed():
-    def silent(model, samples, /, **options):
+    def silent(model, benchmark, samples, batch_size):
         return []
 
     with pytest.raises(ValueError, match="shorter"):
-        run(generate=silent)
+        run(respond=silent)
 
 
 def test_fingerprint_notices_every_part():

@@ -1,11 +1,14 @@
 """Against plain generation, on a random tiny model."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 from mm.datasets.chat_template import ChatTemplate
+from mm.datasets.packing import collate
+from mm.datasets.processor import Processor
 from mm.decoder.attention.grouped import GroupedAttention
 from mm.decoder.decoder import Decoder, LayerGroup
 from mm.decoder.ffn.moe import SparseMoE
@@ -65,18 +68,42 @@ def test_answers_are_those_of_plain_generation(model, batch_size):
 
 
 def test_media_are_read_once_a_group(model, monkeypatch):
-    left: list[str] = []
-    monkeypatch.setattr(
-        shared_media, "generate", lambda m, s, **options: left.extend(x.key for x in s) or generate(m, s)
-    )
     encoded: list[str] = []
     encode = shared_media.Processor.encode
     monkeypatch.setattr(
         shared_media.Processor, "encode", lambda self, s, **options: encoded.append(s.key) or encode(self, s, **options)
     )
     generate_shared(model, samples(), max_new_tokens=2, batch_size=64)
-    assert left == ["lone", "text", "swapped"]
-    assert [key for key in encoded if key not in left] == ["red0", "blue0", "two0"]
+    assert sorted(encoded) == ["blue0", "lone", "red0", "swapped", "text", "two0"]
+
+
+def test_confidence_is_the_probability_of_the_whole_answer(model):
+    [asked] = [s for s in samples() if s.key == "lone"]
+    [answer] = generate_shared(model, [asked], max_new_tokens=4, batch_size=1)
+    [plain] = generate(model, [asked], max_new_tokens=4)
+    ids = [*plain.ids, *([model.tokenizer.special(model.template.end)] if plain.finish_reason == "stop" else [])]
+    text = replace(asked, messages=[*asked.messages])
+    processor = Processor(model.tokenizer, model.template, model.media_specs())
+    prompt = processor.encode(text, generation_prompt=True)
+    row = torch.tensor(ids)
+    whole = replace(
+        prompt,
+        ids=torch.cat([prompt.ids, row]),
+        labels=torch.cat([prompt.labels, row]),
+        branch_ids=torch.cat([prompt.branch_ids, torch.zeros_like(row)]),
+        length=prompt.length + len(row),
+    )
+    with torch.inference_mode():
+        logs = model(collate([[whole]])).logits[0, -len(row) - 1 : -1].log_softmax(-1)
+    expected = logs.gather(-1, row[:, None]).sum().exp().item()
+    assert answer.confidence == pytest.approx(expected, rel=1e-4)
+    assert 0 < expected < 1
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 40, 10_000])
+def test_positions_bound_a_batch(model, batch_tokens):
+    bounded = generate_shared(model, samples(), max_new_tokens=3, batch_size=64, batch_tokens=batch_tokens)
+    assert [a.text for a in bounded] == [a.text for a in generate(model, samples(), max_new_tokens=3)]
 
 
 def test_a_slot_after_the_text_is_not_shared(model):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 from PIL import Image
 
 from mm.evaluation.benchmarks.base import Benchmark
+from mm.evaluation.records import Response
 from mm.types import Media, Sample
 
 COLORS = ("red", "green", "blue", "white")
@@ -40,21 +41,17 @@ class ColorBenchmark(Benchmark):
         return [*samples, Sample("plain", [{"role": "user", "content": "yes?"}], [], [], meta)]
 
 
-@dataclass
-class Said:
-    text: str
-
-
 class Seer:
-    """Stands in for `generate`: says the color of the picture, "red" without one, and counts what it was asked."""
+    """Stands in for `respond`: says the color of the picture, "red" without one, and counts what it was asked."""
 
     def __init__(self) -> None:
         self.asked: list[Sample] = []
+        self.batch_sizes: list[tuple[int, int]] = []
 
-    def __call__(self, model: Any, samples: list[Sample], /, **options: Any) -> list[Said]:
+    def __call__(self, model: Any, benchmark: Benchmark, samples: Sequence[Sample], batch_size: int) -> list[Response]:
         self.asked += samples
-        self.options = options
-        return [Said(self._answer(sample)) for sample in samples]
+        self.batch_sizes.append((len(samples), batch_size))
+        return [Response(self._answer(sample), confidence=0.75) for sample in samples]
 
     def _answer(self, sample: Sample) -> str:
         if sample.messages[-1]["content"] == "yes?":

@@ -1,26 +1,71 @@
-"""Grouped-query attention (Ainslie et al. 2023, arXiv 2305.13245), with multi-head and multi-query as its two ends."""
+"""Grouped-query attention (Ainslie et al. 2023, arXiv 2305.13245), with multi-head and multi-query as its two ends.
+
+Shape legend: `B` rows, `T` queries, `S` keys, `H` query heads, `G` key/value heads, `d` head width.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from mm.decoder.attention.backends import flash, sdpa
+from mm.decoder.attention.backends import BACKENDS, Backend
+from mm.decoder.attention.windows import LocalGlobal, StreamingSinks, seen
 from mm.decoder.cache import Cache
+from mm.decoder.init import Init
 from mm.decoder.layout import Layout
-from mm.decoder.positions import Alibi, Rotary
+from mm.decoder.norms import FullNorm, HeadNorm, RMSNorm
+from mm.decoder.positions import Alibi, Rotary, RotaryAlibi
 
-BACKENDS = {"sdpa": sdpa.attend, "flash": flash.attend}
+
+@dataclass(frozen=True)
+class QKNorm:
+    """How queries and keys are normalised, before the rotation.
+
+    "head"        RMSNorm of each head, one weight for all of them (Qwen3; Gemma 3 with `offset` 1)
+    "full"        RMSNorm over all heads together (OLMoE, OLMo 2)
+    "head_layer"  LayerNorm of each head, a weight for each, no bias (Cohere)
+    """
+
+    kind: Literal["head", "full", "head_layer"] = "head"
+    eps: float = 1e-6
+    offset: float = 0.0
+
+    def build(self, heads: int, head_dim: int) -> nn.Module:
+        if self.kind == "head_layer":
+            return HeadNorm(heads, head_dim, self.eps)
+        return (
+            FullNorm(heads * head_dim, self.eps, self.offset)
+            if self.kind == "full"
+            else RMSNorm(head_dim, self.eps, self.offset)
+        )
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What happens to q k^T before and in the softmax.
+
+    `scale` multiplies it; None is 1 / sqrt(head width). `softcap` c then makes it c * tanh(scores / c) (Gemma 2).
+    `sinks` adds one learned logit a head to the softmax's denominator: attention to nothing (gpt-oss).
+    """
+
+    scale: float | None = None
+    softcap: float | None = None
+    sinks: bool = False
 
 
 class GroupedAttention(nn.Module):
     """x (B, T, width) -> (B, T, width).
 
     `heads` query heads of `head_dim` (width / heads by default) share `kv_heads` key/value heads (by default as many as
-    heads: MHA; 1: MQA). `window` limits how far back a position sees. `positions` is rotary, ALiBi or None. `qk_norm`
-    normalises each query and key head (RMSNorm) before the rotation (Qwen3).
+    heads: MHA; 1: MQA). `positions` is rotary, ALiBi, both mixed over heads, or None. `window` limits what a position
+    sees: a number of places (itself included), streaming sinks, or a local and global pattern. `qk_norm` true is
+    `QKNorm()`. `bias` is that of queries, keys and values; `out_bias` that of the output, by default as `bias`.
+    `clip_qkv` limits queries, keys and values to +- that, after their norms (MPT, OLMo). `gate` multiplies the result,
+    before the output matrix, by a sigmoid of the input: a number for each element or for each head (Qwen3-Next; Qiu et
+    al. 2025, arXiv 2505.06708).
     """
 
     def __init__(
@@ -29,11 +74,15 @@ class GroupedAttention(nn.Module):
         heads: int = 8,
         kv_heads: int | None = None,
         head_dim: int | None = None,
-        positions: Rotary | Alibi | None = Rotary(),
-        window: int | None = None,
-        qk_norm: bool = False,
+        positions: Rotary | Alibi | RotaryAlibi | None = Rotary(),
+        window: int | StreamingSinks | LocalGlobal | None = None,
+        qk_norm: bool | QKNorm = False,
         bias: bool = False,
-        backend: Literal["sdpa", "flash"] = "sdpa",
+        out_bias: bool | None = None,
+        scores: Scores = Scores(),
+        clip_qkv: float | None = None,
+        gate: Literal["none", "element", "head"] = "none",
+        backend: Backend = "sdpa",
     ) -> None:
         super().__init__()
         kv_heads = kv_heads or heads
@@ -41,35 +90,64 @@ class GroupedAttention(nn.Module):
             raise ValueError(f"GroupedAttention: heads {heads} must be a multiple of kv_heads {kv_heads}")
         if head_dim is None and width % heads:
             raise ValueError(f"GroupedAttention: width {width} is not a multiple of heads {heads}; give head_dim")
+        if isinstance(window, int) and window < 1:
+            raise ValueError(f"GroupedAttention: window {window} must be at least 1: a position sees itself")
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim or width // heads
-        self.positions, self.window = positions, window
+        self.positions, self.window, self.clip_qkv, self.gate_kind = positions, window, clip_qkv, gate
+        self.scale = self.head_dim**-0.5 if scores.scale is None else scores.scale
+        self.softcap = scores.softcap
         self.attend = BACKENDS[backend]
         self.qkv = nn.Linear(width, (heads + 2 * kv_heads) * self.head_dim, bias=bias)
-        self.out = nn.Linear(heads * self.head_dim, width, bias=bias)
-        self.q_norm = nn.RMSNorm(self.head_dim, eps=1e-6) if qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(self.head_dim, eps=1e-6) if qk_norm else nn.Identity()
+        self.out = nn.Linear(heads * self.head_dim, width, bias=bias if out_bias is None else out_bias)
+        norm = QKNorm() if qk_norm is True else qk_norm or None
+        self.q_norm = norm.build(heads, self.head_dim) if norm else nn.Identity()
+        self.k_norm = norm.build(kv_heads, self.head_dim) if norm else nn.Identity()
+        self.sinks = nn.Parameter(torch.zeros(heads)) if scores.sinks else None
+        gates = {"none": 0, "element": heads * self.head_dim, "head": heads}[gate]
+        self.gate = nn.Linear(width, gates, bias=False) if gates else None
+
+    def initialise(self, init: Init) -> None:
+        init.normal(self.out.weight, into_residual=True)
 
     def forward(self, x: Tensor, layout: Layout, cache: Cache | None = None, layer: int = 0) -> Tensor:
-        q, k, v = self._split(self.qkv(x))
-        q, k = self.q_norm(q), self.k_norm(k)
-        if isinstance(self.positions, Rotary):
-            q, k = self.positions.turn(torch.cat([q, k], 2), layout).split([self.heads, self.kv_heads], 2)
+        q, k, v = self._queries_keys_values(x)
+        if self.positions is not None:
+            q, k = self.positions.rotate(q, k, layout)
         if cache is not None:
-            k, v = cache.extend(layer, k, v)
-        bias = self.positions.bias(layout, self.heads) if isinstance(self.positions, Alibi) else None
-        y = self.attend(q, k, v, layout, scale=self.head_dim**-0.5, window=self.window, bias=bias)
+            k, v = cache.extend(layer, keys=k, values=v)
+        y = self.attend(
+            q,
+            k,
+            v,
+            layout,
+            scale=self.scale,
+            window=self.window,
+            bias=None if self.positions is None else self.positions.bias(layout, self.heads),
+            softcap=self.softcap,
+            sinks=self.sinks,
+        )
+        if self.gate is not None:
+            y = y * self.gate(x).sigmoid().view(*y.shape[:3], -1)
         return self.out(y.flatten(2))
 
-    def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        heads = qkv.unflatten(-1, (-1, self.head_dim))
+    def _queries_keys_values(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, T, H, d) and twice (B, T, G, d)."""
+        heads = self.qkv(x).unflatten(-1, (-1, self.head_dim))
         q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], 2)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if self.clip_qkv is not None:
+            q, k, v = (part.clamp(-self.clip_qkv, self.clip_qkv) for part in (q, k, v))
         return q, k, v
 
     def cache_numbers_per_token(self) -> int:
         """Numbers that this layer's cache keeps for one token."""
         return 2 * self.kv_heads * self.head_dim
 
+    def kept_numbers(self) -> tuple[int, int]:
+        """What the backward pass keeps of one position beyond the matrices' inputs and outputs: numbers in the
+        activations' dtype (turned queries, keys and values as wide as they) and in float32."""
+        return 3 * self.heads * self.head_dim, 0
+
     def attention_flops(self, context: int) -> int:
-        """FLOPs of scores and weighted sum for one query over `context` keys (or its window)."""
-        seen = context if self.window is None else min(context, self.window)
-        return 4 * self.heads * self.head_dim * seen
+        """FLOPs of scores and weighted sum for one query over `context` keys (or what its window leaves of them)."""
+        return 4 * self.heads * self.head_dim * seen(self.window, context)

@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from typing import Literal
 
 from mm.datasets.sources.easy_vqa import EasyVQA
-from mm.evaluation.benchmarks.base import Benchmark, Record, category_accuracies, mean, questions_of
+from mm.evaluation.benchmarks.base import Benchmark, by_category, mean_of, questions_of
+from mm.evaluation.records import Record
+from mm.evaluation.statistics import Mean
 from mm.types import Sample
 
 YES_NO = "yes/no"
@@ -29,14 +31,15 @@ class EasyVQABenchmark(Benchmark):
     def origin(self) -> str:
         return f"package easy-vqa, {self.split} split"
 
-    def aggregate(self, records: Sequence[Record]) -> dict[str, float]:
+    def statistics(self, records: Sequence[Record]) -> dict[str, Mean]:
         """accuracy, color_shape_accuracy, and color_, shape_ and yes_no_accuracy, where there are such questions."""
-        return {"accuracy": mean(records), **self.aggregate_controls(records)}
+        pictured = [record for record in records if record.category != YES_NO]
+        together = {"color_shape_accuracy": mean_of(pictured)} if pictured else {}
+        return {"accuracy": mean_of(records), **together, **by_category(records)}
 
     def aggregate_controls(self, records: Sequence[Record]) -> dict[str, float]:
-        pictured = [record for record in records if record.category != YES_NO]
-        together = {"color_shape_accuracy": mean(pictured)} if pictured else {}
-        return together | category_accuracies(records)
+        """Of the colour and shape questions: their accuracy is not that of all."""
+        return {name: score for name, score in self.aggregate(records).items() if name != "accuracy"}
 
     def controlled(self, sample: Sample) -> bool:
         return sample.meta["category"] != YES_NO

@@ -8,15 +8,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from mm.datasets.sources.mmmu import MMMU
-from mm.evaluation.benchmarks.base import Benchmark, Record, end_with, questions_of
+from mm.datasets.sources.mmmu import CHOICE_HINT, MMMU, OPEN_HINT
+from mm.evaluation.benchmarks.base import Benchmark, questions_of
+from mm.evaluation.records import Mark, Record, Response
 from mm.evaluation.scorers import mmmu
 from mm.types import Sample
 
-# mmmu/configs/llava1.5.yaml, as YAML reads it
-CHOICE_PROMPT = "\n\nAnswer with the option's letter from the given choices directly."
-OPEN_PROMPT = "\nAnswer the question using a single word or phrase."
 MULTIPLE_CHOICE = "multiple-choice"
 
 
@@ -30,7 +29,7 @@ class MMMUBenchmark(Benchmark):
 
     name = "mmmu"
     max_new_tokens = 64
-    prompt = f"multiple choice: {CHOICE_PROMPT!r}; open: {OPEN_PROMPT!r}"
+    prompt = f"multiple choice: {CHOICE_HINT!r}; open: {OPEN_HINT!r}"
 
     def __init__(self, path: Path, split: str = "validation") -> None:
         self.path = path
@@ -38,9 +37,12 @@ class MMMUBenchmark(Benchmark):
 
     def samples(self) -> list[Sample]:
         """Subjects in the official (alphabetical) order: the stream of random letters depends on it."""
-        solved = sorted(MMMU(self.path, self.split, hint=False), key=lambda sample: sample.meta["category"])
+        solved = sorted(MMMU(self.path, self.split), key=lambda sample: sample.meta["category"])
         questions = questions_of(replace(sample, key=sample.meta["id"]) for sample in solved)
-        return [end_with(question, CHOICE_PROMPT if _has_choices(question) else OPEN_PROMPT) for question in questions]
+        if all(question.meta["answers"] == ["?"] for question in questions):  # the test split hides them
+            for question in questions:
+                del question.meta["answers"]
+        return questions
 
     def origin(self) -> str:
         return str(self.path)
@@ -50,16 +52,19 @@ class MMMUBenchmark(Benchmark):
         return self.score_all([sample], [prediction])[0]
 
     def score_all(self, samples: Sequence[Sample], predictions: Sequence[str]) -> list[float]:
-        rng = mmmu.official_rng()
-        scores = []
-        for sample, text in zip(samples, predictions, strict=True):
+        return [mark.score for mark in self.mark_all(samples, [Response(text) for text in predictions])]
+
+    def mark_all(self, samples: Sequence[Sample], responses: Sequence[Response]) -> list[Mark]:
+        """In order, for a response without a letter draws the next one of the official stream."""
+        parsed = _parse(samples, [response.text for response in responses])
+        marks = []
+        for sample, letter in zip(samples, parsed, strict=True):
             answers = sample.meta["answers"]
             if _has_choices(sample):
-                letter = mmmu.parse_multi_choice(text, sample.meta["all_choices"], sample.meta["index2ans"], rng)
-                scores.append(float(mmmu.multi_choice_correct(answers, letter)))
+                marks.append(Mark(float(mmmu.multi_choice_correct(answers, letter)), details={"parsed": letter}))
             else:
-                scores.append(float(mmmu.open_correct(answers, mmmu.parse_open(text))))
-        return scores
+                marks.append(Mark(float(mmmu.open_correct(answers, mmmu.parse_open(letter)))))
+        return marks
 
     def aggregate(self, records: Sequence[Record]) -> dict[str, float]:
         """Overall ("accuracy"), then domains and subjects that have questions; rounded to 3 as officially printed."""
@@ -73,6 +78,36 @@ class MMMUBenchmark(Benchmark):
     def chance_score(self, samples: Sequence[Sample]) -> list[float]:
         """1 / number of options; an open question cannot be guessed."""
         return [1 / len(s.meta["all_choices"]) if _has_choices(s) else 0.0 for s in samples]
+
+    def submission(self, records: Sequence[Record]) -> dict[str, Any]:
+        """Both official forms: `answers.json` {id: letter or text}, and one `SUBJECT/output.json` a subject."""
+        by_id = {sample.key: sample for sample in self.samples()}
+        samples = [by_id[record.id] for record in records]
+        parsed = _parse(samples, [record.prediction for record in records])
+        files: dict[str, Any] = {"answers.json": {r.id: text for r, text in zip(records, parsed, strict=True)}}
+        for sample, record in zip(samples, records, strict=True):
+            answers = sample.meta.get("answers", ["?"])
+            entry = {
+                "id": record.id,
+                "question_type": sample.meta["question_type"],
+                "answer": answers[0] if len(answers) == 1 else answers,
+                "all_choices": sample.meta["all_choices"],
+                "index2ans": sample.meta["index2ans"],
+                "response": record.prediction,
+            }
+            files.setdefault(f"{record.category}/output.json", []).append(entry)
+        return files
+
+
+def _parse(samples: Sequence[Sample], predictions: Sequence[str]) -> list[str]:
+    """The letter of a multiple-choice response (one official stream over all), the text of an open one."""
+    rng = mmmu.official_rng()
+    return [
+        mmmu.parse_multi_choice(text, sample.meta["all_choices"], sample.meta["index2ans"], rng)
+        if _has_choices(sample)
+        else text
+        for sample, text in zip(samples, predictions, strict=True)
+    ]
 
 
 def _has_choices(sample: Sample) -> bool:

@@ -9,9 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+from mm.datasets.source import read_json
 from mm.datasets.sources.vqav2 import VQAv2
-from mm.evaluation.benchmarks.base import Benchmark, Record, end_with, questions_of, score_name
+from mm.evaluation.benchmarks.base import Benchmark, end_with, questions_of
+from mm.evaluation.files import check_version
+from mm.evaluation.records import Record
 from mm.evaluation.scorers import vqa
 from mm.types import Sample
 
@@ -25,6 +29,7 @@ class VQAv2Benchmark(Benchmark):
         images: the folder of images; by default the one beside it named as the data's subtype ("val2014").
         image_name: an image's file name, from `{image_id}` and `{subtype}`.
         prompt: follows each question (by default LLaVA-1.5's).
+        hidden: a test set without annotations: it is answered for the server, not scored.
     """
 
     name = "vqav2"
@@ -37,22 +42,28 @@ class VQAv2Benchmark(Benchmark):
         images: Path | None = None,
         image_name: str = "COCO_{subtype}_{image_id:012d}.jpg",
         prompt: str = "\nAnswer the question using a single word or phrase.",
+        hidden: bool = False,
     ) -> None:
         self.questions = questions
         self.annotations = annotations
         self.images = images
         self.image_name = image_name
         self.prompt = prompt
+        self.hidden = hidden
 
     def samples(self) -> list[Sample]:
         """One sample a question, its id the official one; meta "answers" holds all ten, "category" the answer type."""
         source = VQAv2(self.questions, self.annotations, self.images, self.image_name, branches=False)
-        if source.annotations is None:
-            raise ValueError(f"{self.questions}: no annotations file beside it; give annotations=FILE")
-        solved = (
-            replace(s, key=str(s.meta["question_id"]), meta={**s.meta, "majority": s.messages[-1]["content"]})
+        if source.annotations is None and not self.hidden:
+            raise ValueError(f"{self.questions}: no annotations file beside it; give annotations=FILE, or hidden=true")
+        if source.annotations is not None and self.hidden:
+            raise ValueError(f"{self.questions}: hidden=true, but there are annotations: {source.annotations}")
+        for file in filter(None, (self.questions, source.annotations)):
+            check_version(read_json(Path(file)).get("info"), "version", "2.0", Path(file))
+        solved = [
+            replace(s, key=str(s.meta["question_id"]), meta={"category": "all", **s.meta, **_majority(s)})
             for s in source
-        )
+        ]
         return [end_with(question, self.prompt) for question in questions_of(solved)]
 
     def origin(self) -> str:
@@ -63,12 +74,15 @@ class VQAv2Benchmark(Benchmark):
 
     def aggregate(self, records: Sequence[Record]) -> dict[str, float]:
         """The official overall and per-answer-type accuracy (percent, two places), as fractions."""
-        groups: dict[str, list[float]] = {}
-        for record in records:
-            groups.setdefault(record.category, []).append(record.score)
-        named = {score_name(kind): scores for kind, scores in sorted(groups.items())}
-        everything = {"accuracy": [record.score for record in records], **named}
-        return {name: round(vqa.percent(scores) / 100, 4) for name, scores in everything.items()}
+        return {
+            name: round(vqa.percent(list(statistic.values)) / 100, 4)
+            for name, statistic in self.statistics(records).items()
+        }
+
+    def submission(self, records: Sequence[Record]) -> dict[str, Any]:
+        """The evaluation server's results file."""
+        rows = [{"question_id": int(record.id), "answer": record.prediction} for record in records]
+        return {f"{self.questions.stem.removesuffix('_questions')}_results.json": rows}
 
     def chance_score(self, samples: Sequence[Sample]) -> list[float]:
         """Guessing uniformly among the majority answers of the question's answer type in this file."""
@@ -81,3 +95,9 @@ class VQAv2Benchmark(Benchmark):
             given = set(sample.meta["answers"]) & candidates  # only an answer that somebody gave can score
             expected.append(sum(self.score(sample, answer) for answer in given) / len(candidates))
         return expected
+
+
+def _majority(sample: Sample) -> dict[str, str]:
+    """The most frequent answer, where the sample tells one."""
+    last = sample.messages[-1]
+    return {"majority": last["content"]} if last["role"] == "assistant" else {}

@@ -35,3 +35,11 @@ def truthfulqa_mc2(loglikelihoods: Sequence[float], labels: Sequence[int]) -> fl
     true = np.array(labels, dtype=bool)
     with np.errstate(invalid="ignore"):
         return float(probabilities[true].sum() / (probabilities[true].sum() + probabilities[~true].sum()))
+
+
+def group_mean(scores: Sequence[float], sizes: Sequence[int], weighted: bool = True) -> float:
+    """The score of a group of subtasks: their mean, weighted by how many questions each has, or plain."""
+    if len(scores) != len(sizes) or not len(scores):
+        raise ValueError(f"{len(scores)} scores have {len(sizes)} sizes")
+    weights = [float(size) for size in sizes] if weighted else [1.0] * len(sizes)
+    return sum(score * weight for score, weight in zip(scores, weights, strict=True)) / sum(weights)

@@ -73,6 +73,59 @@ def parse_multi_choice(response: str, choices: Sequence[str], index2ans: Mapping
     return rng.choice(choices)
 
 
+def evaluate_responses(
+    outputs: Sequence[Mapping[str, Any]], rng: Chooser | None = None
+) -> tuple[dict[str, str], dict[str, bool]]:
+    """One subject's output file: {id: letter or response} as parsed, and {id: correct}.
+
+    `outputs` [{"id", "question_type", "answer", "all_choices", "index2ans", "response"}]. `rng` is `official_rng()` by
+    default; over all subjects, in the official order, one stream serves every file.
+    """
+    rng = rng or official_rng()
+    parsed: dict[str, str] = {}
+    right: dict[str, bool] = {}
+    for entry in outputs:
+        key, response = entry["id"], entry["response"]
+        if key in parsed:
+            raise ValueError(f"outputs: the id {key!r} appears twice")
+        if entry["question_type"] == "multiple-choice":
+            parsed[key] = parse_multi_choice(response, entry["all_choices"], entry["index2ans"], rng)
+            right[key] = multi_choice_correct(entry["answer"], parsed[key])
+        else:
+            parsed[key] = response
+            right[key] = open_correct(entry["answer"], parse_open(response))
+    return parsed, right
+
+
+def parse_multi_choice_pro(response: str, choices: Sequence[str], index2ans: Mapping[str, str], rng: Chooser) -> str:
+    """MMMU-Pro's parser: `parse_multi_choice` with three differences.
+
+    What follows the last "Answer:" decides if it holds exactly one of the letters. A bare letter need not stand apart
+    ("NASA " holds an A), but among several only those that do have a place. "A." counts where no "A " is found.
+    """
+    _, mark, rest = response.rpartition("Answer:")
+    if mark:
+        named = [choice for choice in choices if choice in rest]
+        if len(named) == 1:
+            return named[0]
+    for stripped in ",.!?;:'":
+        response = response.strip(stripped)
+    response = f" {response} "
+    in_brackets = [choice for choice in choices if f"({choice})" in response]
+    if in_brackets:
+        return max(in_brackets, key=lambda choice: response.rfind(f"({choice})"))
+    for form in ("{} ", "{}."):
+        bare = [choice for choice in choices if form.format(choice) in response]
+        if bare:
+            return max(bare, key=lambda choice: response.rfind(f" {choice} "))
+    if len(response.split()) > 5:
+        lower = response.lower()
+        told = [index for index, answer in index2ans.items() if answer.lower() in lower]
+        if told:
+            return max(told, key=lambda index: lower.rfind(index2ans[index].lower()))
+    return rng.choice(choices)
+
+
 def parse_open(response: str) -> list[str | float]:
     """The answers that a free response may mean: key phrases as text, and every number in them (rounded to 2).
 

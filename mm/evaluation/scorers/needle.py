@@ -10,3 +10,11 @@ def score(prediction: str, needles: Sequence[str]) -> float:
     if not needles:
         raise ValueError("no needles to look for")
     return sum(needle.lower() in prediction.lower() for needle in needles) / len(needles)
+
+
+def mean(scores: Sequence[float]) -> float:
+    """The mean over samples; those of another context length are marked -1 and left out. Raises ValueError for none."""
+    asked = [score for score in scores if score != -1]
+    if not asked:
+        raise ValueError("no samples of this context length")
+    return sum(asked) / len(asked)

@@ -66,7 +66,7 @@ def test_mmmu(root):
     assert choice.meta["index2ans"] == {"A": "a cat", "B": "<image 2>"}
     assert free.meta["answers"] == ["24/7", "3.429"]
     assert free.messages[1]["content"] == "24/7"
-    assert parts(free)[-1].endswith("single word or phrase.")
+    assert parts(free)[-1].endswith("show?\nAnswer the question using a single word or phrase.")
     [test] = MMMU(root, split="test", hint=False)
     assert [message["role"] for message in test.messages] == ["user"]
     assert len(list(MMMU(root))) == 3
@@ -76,8 +76,8 @@ def test_mmmu(root):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"image_1": None}, "column 'image_1': the question shows it, but there is no image"),
-        ({"image_1": {"bytes": b"text", "path": ""}}, "column 'image_1': not a PNG"),
+        ({"image_1": None}, "column 'image_1': expected image bytes, got None"),
+        ({"image_1": {"bytes": b"text", "path": ""}}, "column 'image_1': not image of a known format"),
         ({"options": "[open"}, "column 'options': expected a list as text"),
         ({"options": "__import__('os')"}, "column 'options': expected a list as text"),
         ({"answer": None}, "key 'answer': expected str, got None"),

@@ -1,1 +1,39 @@
-"""Attention backends: one signature, `attend(q, k, v, layout, options)`, and several ways to compute it."""
+"""Attention backends: one signature, `attend(q, k, v, layout, options)`, and several ways to compute it.
+
+    attend(q (B, T, H, d), k (B, S, G, d), v (B, S, G, e), layout, *, scale, window=None, bias=None, softcap=None,
+           sinks=None) -> (B, T, H, e)
+
+H is a multiple of G, the layout says who sees whom. scores = softcap(scale * q k^T) + bias; `sinks` (H,) are logits
+that join each softmax's denominator. A backend refuses what it cannot express, naming it; none falls back to another.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, Protocol
+
+from torch import Tensor
+
+from mm.decoder.attention.backends import flash, flex, sdpa
+from mm.decoder.attention.windows import Window
+from mm.decoder.layout import Layout
+
+Backend = Literal["sdpa", "flash", "flex"]
+
+
+class Attend(Protocol):
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        layout: Layout,
+        *,
+        scale: float,
+        window: Window | None = None,
+        bias: Tensor | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor: ...
+
+
+BACKENDS: dict[str, Attend] = {"sdpa": sdpa.attend, "flash": flash.attend, "flex": flex.attend}

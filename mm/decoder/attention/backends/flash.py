@@ -5,18 +5,35 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mm.decoder.attention.windows import Window
 from mm.decoder.layout import Layout
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, layout: Layout, *, scale: float, window: int | None, bias: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: Layout,
+    *,
+    scale: float,
+    window: Window | None = None,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """As sdpa.attend, for float16/bfloat16 on a GPU. Source: Dao 2023, arXiv 2307.08691 (variable-length form).
 
-    Raises ValueError for what the kernel cannot express: score biases other than none, branches, and cached decoding.
+    Raises ValueError for what the kernel cannot express: score biases, sinks, sparse patterns, branches, and cached
+    decoding.
     """
-    if bias is not None or layout.has_branches or layout.offset:
-        what = "a score bias" if bias is not None else "branches" if layout.has_branches else "a key/value cache"
+    refused = {
+        "a score bias": bias is not None,
+        "sinks": sinks is not None,
+        "a sparse pattern": window is not None and not isinstance(window, int),
+        "branches": layout.has_branches,
+        "a key/value cache": layout.offset > 0,
+    }
+    if what := ", ".join(name for name, present in refused.items() if present):
         raise ValueError(f"attention backend 'flash' does not take {what}; set backend: sdpa")
     try:
         from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
@@ -27,6 +44,7 @@ def attend(
     lengths = torch.tensor([end - start for _, start, end in layout.documents()], dtype=torch.int32, device=q.device)
     bounds = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
     longest = int(lengths.max())
+    assert window is None or isinstance(window, int)
     out = flash_attn_varlen_func(
         q.flatten(0, 1),
         k.flatten(0, 1),
@@ -38,5 +56,6 @@ def attend(
         softmax_scale=scale,
         causal=True,
         window_size=(-1, -1) if window is None else (window - 1, 0),
+        softcap=softcap or 0.0,  # the kernel's word for none
     )
-    return out.view_as(q)
+    return out.view(*q.shape[:-1], v.shape[-1])

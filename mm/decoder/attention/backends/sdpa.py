@@ -1,4 +1,7 @@
-"""torch's scaled_dot_product_attention: runs everywhere, and is what the other backends are tested against."""
+"""torch's scaled_dot_product_attention, and the same maths written out for what that does not take.
+
+Runs everywhere, and is what the other backends are tested against.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mm.decoder.attention.windows import Window
 from mm.decoder.layout import Layout
 
 # Below this length one masked call beats a Python loop over documents (benchmarks/attention.py).
@@ -13,41 +17,86 @@ LOOP_FROM = 512
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, layout: Layout, *, scale: float, window: int | None, bias: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: Layout,
+    *,
+    scale: float,
+    window: Window | None = None,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
-    """q (B, T, H, d), k and v (B, S, G, d) with H a multiple of G -> (B, T, H, d).
+    """q (B, T, H, d), k (B, S, G, d) and v (B, S, G, e) with H a multiple of G -> (B, T, H, e).
 
     Packed documents without branches, cache or window are attended to one by one once rows are long; short rows and
-    everything else take one call with a mask, made once a forward pass.
+    everything else take one call with a mask, made once a forward pass. Soft caps and sinks write the scores out.
     """
-    if bias is None and window is None and not layout.is_plain_causal and _by_document(layout):
-        out = torch.empty_like(q) if not torch.is_grad_enabled() else None
-        parts = []
-        for row, start, end in layout.documents():
-            part = _sdpa(
-                q[row : row + 1, start:end], k[row : row + 1, start:end], v[row : row + 1, start:end], None, True, scale
-            )
-            if out is None:
-                parts.append(part)
-            else:
-                out[row, start:end] = part[0]
-        return torch.cat(parts, 1).view_as(q) if out is None else out
-    if bias is None and window is None and layout.is_plain_causal:
-        return _sdpa(q, k, v, None, True, scale)
-    if bias is None:
-        return _sdpa(q, k, v, layout.mask(window), False, scale)
+    if softcap is not None or sinks is not None:
+        return _written_out(q, k, v, layout.mask(window), bias, scale, softcap, sinks)
+    if bias is not None:
+        if window is not None:
+            bias = bias.masked_fill(~layout.mask(window), float("-inf"))
+        return _sdpa(q, k, v, bias.to(q.dtype), False, scale)
     if window is not None:
-        bias = bias.masked_fill(~layout.mask(window), float("-inf"))
-    return _sdpa(q, k, v, bias.to(q.dtype), False, scale)
+        return _sdpa(q, k, v, layout.mask(window), False, scale)
+    if layout.is_plain_causal:
+        return _sdpa(q, k, v, None, True, scale)
+    if layout.offset == 0 and not layout.has_branches and layout.keys.index.shape[1] >= LOOP_FROM:
+        return _by_document(q, k, v, layout, scale)
+    return _sdpa(q, k, v, layout.mask(), False, scale)
 
 
-def _by_document(layout: Layout) -> bool:
-    return layout.offset == 0 and not layout.has_branches and layout.keys.index.shape[1] >= LOOP_FROM
+def _by_document(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> Tensor:
+    out = None if torch.is_grad_enabled() else q.new_empty(*q.shape[:-1], v.shape[-1])
+    parts = []
+    for row, start, end in layout.documents():
+        part = _sdpa(
+            q[row : row + 1, start:end], k[row : row + 1, start:end], v[row : row + 1, start:end], None, True, scale
+        )
+        if out is None:
+            parts.append(part)
+        else:
+            out[row, start:end] = part[0]
+    return torch.cat(parts, 1).view(*q.shape[:-1], v.shape[-1]) if out is None else out
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    if k.shape[1] != q.shape[1]:
-        groups = q.shape[1] // k.shape[1]
-        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    q, k, v = q.transpose(1, 2), *_to_query_heads(q, k, v)
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale).transpose(1, 2)
+
+
+def _to_query_heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """k and v as (B, H, S, ...): each key/value head repeated for the query heads that share it."""
+    k, v = k.transpose(1, 2), v.transpose(1, 2)
+    if k.shape[1] == q.shape[2]:
+        return k, v
+    groups = q.shape[2] // k.shape[1]
+    return k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+
+
+def _written_out(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """scores -> cap -> bias and mask -> softmax in float32, a sink in its denominator -> weighted sum."""
+    keys, values = _to_query_heads(q, k, v)
+    scores = (q.transpose(1, 2) @ keys.transpose(2, 3)).float() * scale  # (B, H, T, S)
+    if softcap is not None:
+        scores = softcap * (scores / softcap).tanh()
+    if bias is not None:
+        scores = scores + bias
+    scores = scores.masked_fill(~mask, float("-inf"))
+    if sinks is None:
+        weights = scores.softmax(-1)
+    else:
+        sink = sinks.float()[None, :, None, None].expand(*scores.shape[:3], 1)
+        weights = torch.cat([scores, sink], -1).softmax(-1)[..., :-1]
+    return (weights.to(v.dtype) @ values).transpose(1, 2)

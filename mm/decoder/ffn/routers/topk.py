@@ -1,45 +1,49 @@
-"""Top-k softmax routing (Mixtral, Qwen3-MoE, OLMoE, gpt-oss), with a selection bias for aux-loss-free balance."""
+"""Top-k softmax routing (Mixtral, Qwen3-MoE, OLMoE, gpt-oss, DeepSeek-V2)."""
 
 from __future__ import annotations
 
 from typing import Literal
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from mm.decoder.ffn.routers.base import Router, check_groups, keep_best_groups
 from mm.types import Routing
 
 
-class TopKRouter(nn.Module):
-    """x (S, width), mask (S,) -> Routing. All routing maths is float32, whatever the activations are.
+class TopKRouter(Router):
+    """The k most probable experts of a softmax.
 
     `gate` says where the softmax stands: "chosen" over the k chosen logits (Mixtral, gpt-oss; the same as all
-    probabilities renormalised over the chosen, Qwen3), "all" over every expert, not renormalised (OLMoE).
-    `bias` (E,) is added to the logits' softmax for the choice alone and never enters a weight (DeepSeek-V3,
-    arXiv 2408.15664); it is zero until a balance rule moves it.
+    probabilities renormalised over the chosen, Qwen3), "all" over every expert, not renormalised (OLMoE, DeepSeek-V2).
+    Weights are then times `scale`. With `groups`, a token's experts come from its `groups_chosen` best groups, a group
+    being as good as its best expert (DeepSeek-V2). `logit_bias` is a learned bias of the logits (gpt-oss), unlike the
+    selection bias that balance rules move.
     """
 
-    bias: Tensor
-
     def __init__(
-        self, width: int, num_experts: int, experts_per_token: int, gate: Literal["chosen", "all"] = "chosen"
+        self,
+        width: int,
+        num_experts: int,
+        experts_per_token: int,
+        gate: Literal["chosen", "all"] = "chosen",
+        scale: float = 1.0,
+        groups: int = 1,
+        groups_chosen: int = 1,
+        logit_bias: bool = False,
     ) -> None:
-        super().__init__()
-        if not 1 <= experts_per_token <= num_experts:
-            raise ValueError(
-                f"TopKRouter: experts_per_token {experts_per_token} must be between 1 and num_experts {num_experts}"
-            )
-        self.num_experts, self.experts_per_token, self.gate = num_experts, experts_per_token, gate
-        self.weight = nn.Parameter(torch.empty(num_experts, width))
-        self.register_buffer("bias", torch.zeros(num_experts))
+        super().__init__(width, num_experts, experts_per_token, logit_bias)
+        check_groups("TopKRouter", num_experts, experts_per_token, groups, groups_chosen)
+        self.gate, self.scale = gate, scale
+        self.groups, self.groups_chosen = groups, groups_chosen
 
-    def forward(self, x: Tensor, mask: Tensor) -> Routing:
-        with torch.autocast(x.device.type, enabled=False):
-            logits = F.linear(x.float(), self.weight.float())
-            scores = logits.softmax(-1)
-            indices = (scores + self.bias).topk(self.experts_per_token, -1).indices
-            weights = scores.gather(-1, indices)
-            if self.gate == "chosen":
-                weights = weights / weights.sum(-1, keepdim=True)
-        return Routing(indices, weights.to(x.dtype), logits, scores, mask)
+    def weight_sum(self) -> float | None:
+        return self.scale if self.gate == "chosen" or self.experts_per_token == self.num_experts else None
+
+    def route(self, logits: Tensor, mask: Tensor) -> Routing:
+        scores = logits.softmax(-1)
+        merit = keep_best_groups(scores + self.bias, self.groups, self.groups_chosen, best=1)
+        indices = merit.topk(self.experts_per_token, -1).indices
+        weights = scores.gather(-1, indices)
+        if self.gate == "chosen":
+            weights = weights / weights.sum(-1, keepdim=True)
+        return Routing(indices, weights * self.scale, logits, scores, mask)

@@ -1,0 +1,85 @@
+"""Loaders under Lightning: batches by number, made in worker processes, from where the trainer stands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from mm.datasets.packing import PackedBatch
+from mm.datasets.stream import Batches
+
+Note = Callable[[PackedBatch], None]
+
+
+class BatchLoader:
+    """Iterates batches by number, once. Not a DataLoader, so that Lightning does not put a sampler of its own into it.
+
+    `note` sees every batch before the trainer does.
+    """
+
+    def __init__(self, batches: Batches, length: int, workers: int, prefetch: int, note: Note) -> None:
+        self.batches, self.length = batches, length
+        self.workers, self.prefetch, self.note = workers, prefetch, note
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[PackedBatch]:
+        for batch in self._open(range(self.length)):
+            self.note(batch)
+            yield batch
+
+    def _open(self, numbers: range) -> Iterator[PackedBatch]:
+        # A generator of its own: a loader draws its workers' seed when it is opened, and a resumed run opens it at
+        # other moments than an unbroken one; the global generator would not be where it was.
+        loader = DataLoader(
+            self.batches,
+            batch_size=None,
+            sampler=numbers,
+            num_workers=self.workers,
+            prefetch_factor=self.prefetch if self.workers else None,
+            generator=torch.Generator(),
+        )
+        try:
+            yield from loader
+        except ValueError as error:
+            if not str(error).startswith("Caught "):
+                raise
+            # From a worker: PyTorch makes the whole traceback a part of the message.
+            raise type(error)(str(error).strip().splitlines()[-1].split(": ", 1)[-1]) from error
+
+
+class TrainLoader(BatchLoader):
+    """One epoch of the endless stream, from where the trainer stands.
+
+    A generator: Lightning calls iter() before it has put its counters in order after a resume, but next() after. The
+    first next() therefore asks the trainer. The workers run on from one epoch to the next.
+
+    `position` gives the batches whose step has ended: in the whole run, and in the epoch that is under way.
+    """
+
+    def __init__(self, *arguments: Any, position: Callable[[], tuple[int, int]], **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.position = position
+        self._stream: Iterator[PackedBatch] = iter(())
+        self._next: int | None = None  # number of the batch that `_stream` gives next
+
+    def __iter__(self) -> Iterator[PackedBatch]:
+        done, done_in_epoch = self.position()
+        if self._next != done:
+            self._stream = self._open(range(done, 2**62))
+        for number in range(done, done + self.length - done_in_epoch):
+            batch = next(self._stream)
+            self._next = number + 1
+            self.note(batch)
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """With it Lightning knows that the loader resumes exactly, and does not warn that it cannot."""
+        return {"batches": self.position()[0]}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Nothing to do: the trainer's counters are restored, and `position` reads those."""

@@ -1,0 +1,1 @@
+"""`mm doctor`: what would go wrong in a run, found before it starts."""
