@@ -23,6 +23,7 @@ from typing import Any
 import av
 import numpy as np
 import soundfile
+from av.logging import PANIC, set_level
 from PIL import Image
 from torch import Tensor
 
@@ -132,7 +133,7 @@ def use(media: Media) -> None:
 
 def serve(pipe: Connection) -> None:
     """The decoding process: media in; outcome, seconds of processor time and peak memory in MiB out."""
-    av.logging.set_level(av.logging.PANIC)
+    set_level(PANIC)
     while True:
         media = pipe.recv()
         begun = time.process_time()

@@ -90,7 +90,7 @@ class Decontaminate(Step):
             raise Removed("evaluation media", f"{held['names'][held['file_owners'][same[0]]]}: the same {item.kind}")
         if item.kind == "image" and len(held["images"]):
             value = image_hash(item)
-            near = np.flatnonzero(distances(value, held["images"]) <= self.distance) if value is not None else ()
+            near = [] if value is None else np.flatnonzero(distances(value, held["images"]) <= self.distance)
             if len(near):
                 owner = held["names"][held["image_owners"][near[0]]]
                 raise Removed("evaluation media", f"{owner}: an image like {item.name!r}")

@@ -14,16 +14,12 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import connection
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, TypeVar
 
 T = TypeVar("T")
 
 Engine = Literal["local", "ray"]
 AHEAD = 2  # tasks that wait for each worker
-
-
-class Submit(Protocol):
-    def __call__(self, function: Callable[..., T], *arguments: Any) -> Callable[[], T]: ...
 
 
 def run_ordered(
@@ -46,9 +42,9 @@ def _in_processes(function: Callable[..., T], tasks: Iterable[tuple[Any, ...]], 
     # Forking a process that has threads (progress bars, BLAS) may hang; a fork server has none.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([function.__module__])
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker)
+    pool: Any = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker)
     try:
-        yield from _bounded(lambda run, *arguments: pool.submit(run, *arguments).result, function, tasks, workers)
+        yield from _bounded(lambda task: pool.submit(task).result, tasks, workers)
     except BrokenProcessPool:
         raise ChildProcessError(
             "a worker process died (out of memory, or killed); run the same command again: it goes on where it stopped"
@@ -62,15 +58,13 @@ def _on_ray(function: Callable[..., T], tasks: Iterable[tuple[Any, ...]], worker
         import ray
     except ImportError:
         raise ValueError("--engine ray needs the package ray: pip install 'mm[ray]'") from None
-    if not ray.is_initialized():  # RAY_ADDRESS names a cluster; without it one is started on this machine
-        address = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": workers}
+    mine = not ray.is_initialized()
+    if mine:  # RAY_ADDRESS names a cluster; without it one is started on this machine
+        address: dict[str, Any] = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": workers}
         ray.init(include_dashboard=False, log_to_driver=False, configure_logging=False, **address)
-        mine = True
-    else:
-        mine = False
     remote = ray.remote(max_retries=2)(function)
     try:
-        yield from _bounded(lambda run, *arguments: _Fetched(ray, remote.remote(*arguments)), function, tasks, workers)
+        yield from _bounded(lambda task: _Fetched(ray, remote.remote(*task)), tasks, workers)
     finally:
         if mine:
             ray.shutdown()
@@ -89,10 +83,12 @@ class _Fetched:
             raise (error.cause or error) from None
 
 
-def _bounded(submit: Submit, function: Callable[..., T], tasks: Iterable[tuple[Any, ...]], workers: int) -> Iterator[T]:
+def _bounded(
+    submit: Callable[[tuple[Any, ...]], Callable[[], T]], tasks: Iterable[tuple[Any, ...]], workers: int
+) -> Iterator[T]:
     pending: deque[Callable[[], T]] = deque()
     for task in tasks:
-        pending.append(submit(function, *task))
+        pending.append(submit(task))
         if len(pending) > AHEAD * workers:
             yield pending.popleft()()
     while pending:

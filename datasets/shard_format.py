@@ -238,7 +238,7 @@ def _medium(item: Any, key: str, files: dict[str, bytes], where: str) -> Media:
         kind, name, file = item["kind"], item["name"], item["file"]
         known = kind in KINDS and isinstance(name, str) and SUFFIXES.get(PurePath(f"x.{file}").suffix.lower()) == kind
     except (TypeError, KeyError):
-        known, kind, name, file = False, "", "", ""
+        known, kind, name, file = False, item, item, item
     if not known:
         raise ValueError(f"{where}: member '{key}.json': not a medium of a known kind: {item!r:.80}")
     if f"{key}.{file}" not in files:

@@ -93,7 +93,7 @@ def write_shards(
         },
         "fingerprint": source.fingerprint(),
     }
-    folder = out / UNFINISHED
+    folder = (out / UNFINISHED).resolve()  # the processes of another engine may start elsewhere
     with _started(out, about):
         job = Job(source, tuple(step.prepare(folder) for step in steps), folder, dedupe, shard_bytes)
 

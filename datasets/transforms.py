@@ -104,6 +104,7 @@ class Transform(Step):
 
     def _video(self, item: Media, fps: float) -> Media:
         import av
+        from av.codec.context import Flags
         from PIL import Image
 
         file = io.BytesIO()
@@ -114,7 +115,7 @@ class Transform(Step):
             stream: Any = container.add_stream("mjpeg", rate=unit, options={"qmin": "3", "qmax": "3"})
             stream.width, stream.height = size
             stream.pix_fmt = "yuvj420p"
-            stream.codec_context.flags |= av.codec.context.Flags.bitexact
+            stream.codec_context.flags |= Flags.bitexact
             stream.codec_context.thread_count = 1
             for number in range(max(1, int(np.ceil(clip.duration * fps - 1e-6)))):
                 pixels = clip.frames_at([number / fps])[0].permute(1, 2, 0).numpy()

@@ -46,7 +46,7 @@ SHARDS = {
         "--seed",
         "1",
         "--set",
-        "n=1500",
+        "n=3000",
         "--set",
         "captions=true",
     ],

@@ -358,6 +358,6 @@ def test_a_multimodal_model_starts_from_a_published_decoder(path: Path) -> None:
     with pytest.raises(ValueError, match=r"it has tensor layers.0.mixer.k_norm.weight, which the family lacks \(and 3"):
         checkpoint.load_weights(model(mixers=mixers), path)
     with pytest.raises(
-        ValueError, match=r"tensor lm_head.weight has shape \(97, 12\), the config's model needs \(99, 12"
+        ValueError, match=r"tensor model.embed_tokens.weight has shape \(97, 12\), the config's model needs \(99, 12"
     ):
         checkpoint.load_weights(model(vocab_size=99), path)

@@ -76,7 +76,7 @@ def open_model(config: dict[str, Any], path: Path) -> tuple[MultimodalModel, boo
     source = Path(section) if isinstance(section, str) else path
     if source.suffix in (".yaml", ".yml") and source != path:  # a file that a config names is beside it
         source = path.parent / source
-        section = yaml.safe_load(source.read_text("utf-8")) if source.is_file() else None
+        section = yaml.safe_load(source.read_text("utf-8")) if source.is_file() else {}
     shape = build_meta(source)
     if not isinstance(shape, MultimodalModel):
         raise ValueError(f"{path}: its model is a {type(shape).__name__}, not a MultimodalModel")

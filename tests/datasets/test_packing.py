@@ -132,3 +132,23 @@ def test_counts_what_was_left_out() -> None:
         "dropped_turns": 2,
         "dropped_media": 1,
     }
+
+
+@given(st.lists(st.tuples(st.integers(1, 20), st.integers(0, 9)), max_size=30), st.integers(9, 20))
+def test_media_budget_holds_in_every_row(items: list[tuple[int, int]], budget: int) -> None:
+    lengths, media = [a for a, _ in items], [b for _, b in items]
+    bins = best_fit(lengths, 24, media, budget)
+    assert sorted(i for members in bins for i in members) == list(range(len(items)))
+    assert all(sum(lengths[i] for i in members) <= 24 for members in bins)
+    assert all(sum(media[i] for i in members) <= budget for members in bins)
+
+
+def test_media_budget_counts_tokens_before_the_bridge() -> None:
+    resampled = [encoded(key, 10, ("image", 1, 50)) for key in "abc"]
+    for item in resampled:
+        item.media[0].length, item.length = 4, 13  # what the bridge leaves
+    assert len(pack(resampled, 40)) == 1
+    rows = pack(resampled, 40, media_budget=100)
+    assert sorted(len(row) for row in rows) == [1, 2]
+    with pytest.raises(ValueError, match="sample a has 50 media tokens; a row takes 49"):
+        pack(resampled, 40, media_budget=49)

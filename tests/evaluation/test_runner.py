@@ -30,7 +30,7 @@ def test_files_say_the_same_as_the_result(tmp_path):
     result, _ = run(tmp_path, seed=3)
     saved = json.loads((tmp_path / "colors.json").read_text())
     assert saved["scores"] == result["scores"]
-    assert saved["provenance"]["benchmark"]["init_args"] == {"n": 12}
+    assert saved["provenance"]["benchmark"]["init_args"] == {"n": 12, "distinct": False}
     assert saved["provenance"]["seed"] == 3
     assert saved["provenance"]["decoding"]["max_new_tokens"] == 3
     assert saved["provenance"]["controls"] is True and saved["provenance"]["ranks"] == 1

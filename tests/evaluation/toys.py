@@ -22,19 +22,23 @@ def picture(color: str) -> Media:
 
 
 class ColorBenchmark(Benchmark):
-    """`n` questions "what color?", each about one of four pictures, and one about nothing."""
+    """`n` questions "what color?", each about one of four pictures, and one about nothing; `distinct` ones differ."""
 
     name = "colors"
     max_new_tokens = 3
 
-    def __init__(self, n: int = 12) -> None:
+    def __init__(self, n: int = 12, distinct: bool = False) -> None:
         self.n = n
+        self.distinct = distinct
 
     def samples(self) -> list[Sample]:
         samples = []
         for i in range(self.n):
             color = COLORS[i % len(COLORS)]
-            content: Any = [{"type": "image", "media": 0}, {"type": "text", "text": "what color?"}]
+            content: Any = [
+                {"type": "image", "media": 0},
+                {"type": "text", "text": "what color?" + "?" * (i * self.distinct)},
+            ]
             meta = {"question": "what color?", "answers": [color], "category": "color"}
             samples.append(Sample(f"q{i}", [{"role": "user", "content": content}], [picture(color)], [], meta))
         meta = {"question": "yes?", "answers": ["yes"], "category": "yes/no"}

@@ -78,15 +78,16 @@ class WikitextBenchmark(Benchmark):
         for sample, response in zip(samples, responses, strict=True):
             (log,), (tokens,) = response.loglikelihoods, response.tokens
             page = sample.meta["page"]
-            units = {"words": len(re.split(r"\s+", page)), "bytes": len(page.encode()), "tokens": tokens}
-            marks.append(Mark(math.exp(log / tokens), details={"loglikelihood": log, **units}))
+            units = {"words": len(re.split(r"\s+", page)), "bytes": len(page.encode())}
+            marks.append(Mark(math.exp(log / tokens), details={"loglikelihoods": [log], "tokens": [tokens], **units}))
         return marks
 
     def statistics(self, records: Sequence[Record]) -> dict[str, Mean]:
         found = {}
         for unit in ("word", "byte", "token"):
-            counts = [float(record.details[f"{unit}s"]) for record in records]
-            costs = [-r.details["loglikelihood"] / n for r, n in zip(records, counts, strict=True)]
+            counted = [record.details[f"{unit}s"] for record in records]
+            counts = [float(n[0] if unit == "token" else n) for n in counted]
+            costs = [-r.details["loglikelihoods"][0] / n for r, n in zip(records, counts, strict=True)]
             found[f"{unit}_perplexity"] = Mean(costs, counts, math.exp)
             if unit == "byte":
                 found["bits_per_byte"] = Mean([cost / math.log(2) for cost in costs], counts, identity)

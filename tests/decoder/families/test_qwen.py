@@ -36,21 +36,12 @@ class TestQwen3(FamilyChecks):
     }
 
 
+# The class takes head_dim, though it does not declare it.
+MOE: dict[str, Any] = {"num_experts_per_tok": 3, "moe_intermediate_size": 14, "head_dim": 10}
+
+
 class TestQwen3Moe(FamilyChecks):
     cases = {
-        "five_experts": Case(
-            Qwen3MoeConfig(
-                **SIZES,
-                head_dim=10,
-                num_experts=5,
-                num_experts_per_tok=3,
-                moe_intermediate_size=14,
-                norm_topk_prob=True,
-            )
-        ),
-        "dense_between": Case(
-            Qwen3MoeConfig(
-                **SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=14, mlp_only_layers=[1], **WINDOW
-            ),
-        ),
+        "five_experts": Case(Qwen3MoeConfig(**SIZES, **MOE, num_experts=5, norm_topk_prob=True)),
+        "dense_between": Case(Qwen3MoeConfig(**SIZES, **MOE, **WINDOW, num_experts=4, mlp_only_layers=[1])),
     }

@@ -63,7 +63,8 @@ def textvqa(root: Path) -> Benchmark:
     from mm.evaluation.benchmarks.textvqa import TextVQABenchmark
 
     item = {"question": "what is the brand?", "image_id": "003a", "question_id": 34602, "set_name": "val",
-            "image_classes": ["Cup"], "question_tokens": ["what"], "answers": ["nous les gosses", *["dakota"] * 9]}  # fmt: skip
+            "image_classes": ["Cup"], "question_tokens": ["what"],
+            "answers": ["nous les gosses", *["dakota"] * 9]}  # fmt: skip
     data = {"dataset_type": "val", "dataset_name": "textvqa", "dataset_version": "0.5.1", "data": [item]}
     jpeg(root / "train_images" / "003a.jpg")
     return TextVQABenchmark(write(root / "TextVQA_0.5.1_val.json", data), root / "train_images")
@@ -133,7 +134,8 @@ def mmmu_pro(root: Path, setting: Any = "standard (10 options)") -> Benchmark:
 def mmstar(root: Path) -> Benchmark:
     from mm.evaluation.benchmarks.mmstar import MMStarBenchmark
 
-    base = {"question": "Which?\nOptions: A: a, B: b, C: c, D: d", "image": {"bytes": png(), "path": None}, "answer": "B",
+    image = {"bytes": png(), "path": None}
+    base = {"question": "Which?\nOptions: A: a, B: b, C: c, D: d", "image": image, "answer": "B",
             "category": "math", "l2_category": "geometry",
             "meta_info": {"source": "MMMU", "split": "val", "image_path": "x.jpg"}}  # fmt: skip
     rows = [{**base, "index": 0}, {**base, "index": 1}, {**base, "index": 2, "l2_category": "statistical reasoning"}]
@@ -145,7 +147,8 @@ def video_mme(root: Path) -> Benchmark:
 
     base = {"video_id": "001", "duration": "short", "domain": "Knowledge", "sub_category": "Humanity & History",
             "url": "https://www.youtube.com/watch?v=fFjv93ACGo8", "videoID": "fFjv93ACGo8", "task_type": "Counting",
-            "options": ["A. Apples.", "B. Candles.", "C. Berries.", "D. The three kinds are of the same number."]}  # fmt: skip
+            "options": ["A. Apples.", "B. Candles.", "C. Berries.",
+                        "D. The three kinds are of the same number."]}  # fmt: skip
     rows = [
         {**base, "question_id": "001-1", "question": "Which most?", "answer": "C"},
         {**base, "question_id": "001-2", "question": "Which least?", "answer": "A", "duration": "long"},
@@ -189,8 +192,8 @@ def karpathy(root: Path) -> Path:
     def image(number: int, split: str) -> dict[str, Any]:
         told = [f"a picture of {number}", f"one of number {number}"]
         sentences = [{"tokens": text.split(), "raw": text, "imgid": number, "sentid": 10 * number} for text in told]
-        return {"filepath": "val2014", "filename": f"{number}.jpg", "imgid": number, "split": split, "cocoid": 391 + number,
-                "sentids": [1, 2], "sentences": sentences}  # fmt: skip
+        return {"filepath": "val2014", "filename": f"{number}.jpg", "imgid": number, "split": split,
+                "cocoid": 391 + number, "sentids": [1, 2], "sentences": sentences}  # fmt: skip
 
     for number in range(4):
         jpeg(root / "val2014" / f"{number}.jpg")
@@ -240,8 +243,9 @@ def humaneval(root: Path, **options: Any) -> Benchmark:
     return HumanEvalBenchmark(path, **options)
 
 
-WIKI = """ \n = Robert Boulter = \n \n Robert Boulter is an English film , television and theatre actor . He had a guest @-@ starring
- role on the series The Bill in 2000 . \n \n = = Career = = \n \n In 2006 , Boulter starred ( again ) . \n \n
+WIKI = """ \n = Robert Boulter = \n \n Robert Boulter is an English film , television and theatre actor .
+ He had a guest @-@ starring role on the series The Bill in 2000 . \n \n = = Career = = \n
+ \n In 2006 , Boulter starred ( again ) . \n \n
  = Du Fu = \n \n Du Fu was a prominent Chinese poet of the Tang dynasty . \n"""
 
 

@@ -1,4 +1,4 @@
-"""Every benchmark on a sample of its authors' files: what is asked, what it scores, and what is wrong with wrong files."""
+"""Every benchmark on a sample of its authors' files: what is asked, what it scores, what is said of wrong files."""
 
 import json
 import math
@@ -50,7 +50,8 @@ def perfect(model, benchmark: Benchmark, samples, batch_size) -> list[Response]:
             own[int(sample.key) % 8] = 1.0
             given.append(Response(vectors=(tuple(own),) * (1 + len(sample.meta["captions"]))))
         else:
-            given.append(Response(sample.meta["answers"][0], confidence=0.5 + 0.1 * (number % 3)))
+            common = max(sample.meta["answers"], key=sample.meta["answers"].count)
+            given.append(Response(common, confidence=0.5 + 0.1 * (number % 3)))
     return given
 
 
@@ -74,12 +75,12 @@ def test_right_answers_score_best_and_files_are_written(name, tmp_path):
     for key, (low, high) in result["intervals"].items():
         assert low - 1e-9 <= result["scores"][key] <= high + 1e-9
     if benchmark.guessable:
-        assert 0 < next(iter(result["chance"].values())) < 1
+        assert 0 < next(iter(result["chance"].values())) <= 1
         assert result["chance"].keys() <= result["scores"].keys()
     told = json.loads((tmp_path / "out" / f"{name}.json").read_text())["provenance"]["benchmark"]
     assert told == benchmark.config() and told["class_path"].endswith(type(benchmark).__name__)
     predictions = results.read_predictions(tmp_path / "out" / f"{name}.predictions.jsonl")
-    if benchmark.ask not in ("embedding", "document"):
+    if benchmark.ask != "embedding":
         records = results.rescore(benchmark, predictions, "saved")
         assert benchmark.aggregate(records) == result["scores"]
 
@@ -124,7 +125,8 @@ def test_scienceqa(tmp_path):
     benchmark = published.scienceqa(tmp_path)
     first, second = benchmark.samples()
     assert text_of(first) == (
-        "[media]Look.\nWhich is cold?\nA. ice\nB. fire\nAnswer with the option's letter from the given choices directly."
+        "[media]Look.\nWhich is cold?\nA. ice\nB. fire\n"
+        "Answer with the option's letter from the given choices directly."
     )
     assert not second.media
     records = records_for(benchmark, ["a", "what?"])
@@ -165,9 +167,10 @@ def test_video_mme(tmp_path):
     benchmark = published.video_mme(tmp_path)
     first, _ = benchmark.samples()
     assert text_of(first) == (
-        "[media]This video's subtitles are listed below:\nHello there.\nGood bye.\nSelect the best answer to the following "
-        "multiple-choice question based on the video and the subtitles. Respond with only the letter (A, B, C, or D) of the "
-        "correct option.\nWhich most?\nA. Apples.\nB. Candles.\nC. Berries.\nD. The three kinds are of the same number.\n"
+        "[media]This video's subtitles are listed below:\nHello there.\nGood bye.\n"
+        "Select the best answer to the following multiple-choice question based on the video and the subtitles. "
+        "Respond with only the letter (A, B, C, or D) of the correct option.\n"
+        "Which most?\nA. Apples.\nB. Candles.\nC. Berries.\nD. The three kinds are of the same number.\n"
         "The best answer is:"
     )
     records = records_for(benchmark, ["C", "B."])
