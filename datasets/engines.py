@@ -44,7 +44,7 @@ def _in_processes(function: Callable[..., T], tasks: Iterable[tuple[Any, ...]], 
     context.set_forkserver_preload([function.__module__])
     pool: Any = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker)
     try:
-        yield from _bounded(lambda task: pool.submit(task).result, tasks, workers)
+        yield from _bounded(lambda task: pool.submit(function, *task).result, tasks, workers)
     except BrokenProcessPool:
         raise ChildProcessError(
             "a worker process died (out of memory, or killed); run the same command again: it goes on where it stopped"

@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import overload
 
+import numpy as np
+
 MASK = (1 << 64) - 1
 ROUNDS = 6  # four make a strong pseudo-random permutation of large halves; halves of a few bits want some more
 
@@ -40,6 +42,22 @@ class Permutation:
         while walked >= self.n:
             walked = swap(self._rounds(swap(walked), self.keys[::-1]))
         return walked
+
+    def table(self) -> np.ndarray:
+        """(n,) int64: all of it at once, a hundred times as fast as one by one."""
+        values = self._rounds_of(np.arange(self.n, dtype=np.uint64))
+        outside = np.flatnonzero(values >= self.n)
+        while len(outside):
+            values[outside] = self._rounds_of(values[outside])
+            outside = outside[values[outside] >= self.n]
+        return values.astype(np.int64)
+
+    def _rounds_of(self, values: np.ndarray) -> np.ndarray:
+        half, low = np.uint64(self.half), np.uint64((1 << self.half) - 1)
+        left, right = values >> half, values & low
+        for key in self.keys:
+            left, right = right, left ^ (_mix_of(right ^ np.uint64(key)) & low)
+        return left << half | right
 
     def _walk(self, value: int, keys: list[int]) -> int:
         value = self._rounds(value, keys)
@@ -74,7 +92,7 @@ class Order(Sequence[int]):
         self.total = -(-n // block)
         self.missing = self.total * block - n  # samples that the last block lacks
         self.blocks = Permutation(self.seed, self.total)
-        self._last: tuple[int, list[int], Permutation] | None = None
+        self._last: tuple[int, list[int], np.ndarray] | None = None
         # The window that holds the short last block is short itself; those after it start earlier.
         self.short = self.blocks.place(self.total - 1) // window if n else 0
 
@@ -97,10 +115,10 @@ class Order(Sequence[int]):
             window = (index + self.missing) // span
         start = window * span - (self.missing if window > self.short else 0)
         blocks, mixed = self._window(window)
-        place = mixed[index - start]
+        place = int(mixed[index - start])
         return blocks[place // self.block] * self.block + place % self.block
 
-    def _window(self, number: int) -> tuple[list[int], Permutation]:
+    def _window(self, number: int) -> tuple[list[int], np.ndarray]:
         """The blocks of a window and the permutation of its samples; the last one asked for is kept."""
         if self._last is None or self._last[0] != number:
             first = number * self.window
@@ -109,7 +127,7 @@ class Order(Sequence[int]):
             if number == self.short:
                 blocks.sort(key=lambda block: block == self.total - 1)  # the short block last: offsets are then dense
                 size -= self.missing
-            self._last = (number, blocks, Permutation(_mix(self.seed + number + 1), size))
+            self._last = (number, blocks, Permutation(_mix(self.seed + number + 1), size).table())
         return self._last[1], self._last[2]
 
     def __iter__(self) -> Iterator[int]:
@@ -122,3 +140,10 @@ def _mix(value: int) -> int:
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & MASK
     value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & MASK
     return value ^ (value >> 31)
+
+
+def _mix_of(values: np.ndarray) -> np.ndarray:
+    """`_mix` of each uint64."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))

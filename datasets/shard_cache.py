@@ -132,9 +132,7 @@ class RemoteFolder:
                     raise ShardError(f"{self.url}/{name}: no such file") from None
                 if pause is None:
                     cause = " ".join(str(error).split()) or type(error).__name__
-                    raise ShardError(
-                        f"{self.url}/{name}: cannot be read after {len(PAUSES) + 1} tries: {cause}"
-                    ) from error
+                    raise ShardError(f"{self.url}/{name}: not read in {len(PAUSES) + 1} tries: {cause}") from error
                 time.sleep(pause)
 
     def _fs(self) -> Any:

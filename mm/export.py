@@ -77,8 +77,10 @@ def _check_parts(model: MultimodalModel, tree: dict[str, Any], architecture: str
         )
     if any(getattr(layer, "cross", None) is not None for layer in model.decoder.layers):
         raise ValueError(f"export: {architecture} has no place for the cross-attention layers of this model's bridges")
-    before = normal_form(tree, type(model.decoder))
-    now = normal_form(model.config["init_args"]["decoder"], type(model.decoder))
+    now = model.config["init_args"]["decoder"]
+    if now == tree:
+        return
+    before, now = (normal_form(config, type(model.decoder)) for config in (tree, now))  # with all defaults spelled out
     changes = list(_differences("decoder", before, now))
     if changes:
         raise ValueError(

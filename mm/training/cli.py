@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import re
 import warnings
 from collections.abc import Sequence
@@ -135,6 +136,8 @@ def main(argv: Sequence[str]) -> None:
         raise ConfigError(shorten(error.message)) from error
     except MisconfigurationException as error:
         raise ConfigError(str(error)) from error
+    except RuntimeError as error:
+        raise (_lost_process(str(error)) or error) from error
 
 
 _EPILOG = (
@@ -142,6 +145,8 @@ _EPILOG = (
     "It is an option of the command line alone: no config can allow itself. --allow-change KEY (repeatable) lets a "
     "resumed run differ from its checkpoint in KEY and all below it (model.optim.lr, data.seed)."
 )
+_WORKER = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is |exited )?([\w: ]+)")
+_PEER = re.compile(r"(?i)connection (?:closed|reset) by peer|remote process exited|socket timeout|broken pipe")
 _NOISE = re.compile(r"Does not validate against|Subtypes:|Errors:|Given value|Problem with given class_path")
 _KEY = re.compile(r'Parser key "([^"]+)":\s*(.*)')
 _CALLABLE = re.compile(r"Type \S*Callable.* expects a function or a callable class: ")
@@ -184,6 +189,21 @@ def _reason(text: str) -> str:
     text = re.sub(r"\.*\s*Got value: Namespace\(.*", "", text)
     text = re.sub(r"<class '([\w.]+)'>|typing\.(?=\w)", r"\1", text)
     return text.replace("required: fit.model", "required: model (give --config FILE)")
+
+
+def _lost_process(message: str) -> ChildProcessError | None:
+    """What PyTorch reports when a loader worker or another rank has died, as a line that says which and what to do."""
+    if match := _WORKER.search(message):
+        return ChildProcessError(
+            f"a loader worker has died (process {match[1]}: {match[2]}). Mostly it is memory: fewer data.workers or a "
+            "smaller data.samples_per_batch take less. --ckpt_path last goes on from the last checkpoint"
+        )
+    if _PEER.search(message):
+        return ChildProcessError(
+            f"rank {os.environ.get('LOCAL_RANK', '0')} has lost another rank, which has died or cannot be reached; its "
+            f"own output says why. --ckpt_path last goes on from the last checkpoint. {message.strip().splitlines()[0]}"
+        )
+    return None
 
 
 def _own_options() -> argparse.ArgumentParser:

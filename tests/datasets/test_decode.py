@@ -16,8 +16,9 @@ import soundfile
 import torch
 from PIL import Image
 
-from mm.datasets.decode import decode
+from mm.datasets.decode import decode, decode_image
 from mm.datasets.video_clip import VideoClip
+from mm.tokenizers.image import ImageTokenizer
 from mm.types import Clip, Kind, Media, MediaError, Waveform
 
 
@@ -54,7 +55,8 @@ def video(
 
 def image(data: bytes | Path, **options: Any) -> torch.Tensor:
     pixels = decode(Media("image", data, "a.png"), **options)
-    assert isinstance(pixels, torch.Tensor) and pixels.dtype == torch.uint8 and pixels.is_contiguous()
+    assert isinstance(pixels, torch.Tensor) and pixels.dtype == torch.uint8
+    assert pixels.is_contiguous() or pixels.permute(1, 2, 0).is_contiguous()  # colours outermost or innermost
     return pixels
 
 
@@ -386,3 +388,53 @@ def test_nothing_is_printed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -
         assert_refused("video", data[: len(data) * 3 // 4], "truncated")
         assert_refused("audio", b"x" * 999, "that can be read")
     assert capfd.readouterr() == ("", "")
+
+
+# JPEGs at the size that is needed
+
+
+def photograph(height: int, width: int, **options: Any) -> bytes:
+    """A smooth picture, as photographs are at the scale of their pixels."""
+    rows, columns = np.mgrid[:height, :width]
+    pixels = np.stack([128 + 100 * np.sin(rows / 40 + c) * np.cos(columns / (30 + c)) for c in range(3)], -1)
+    file = io.BytesIO()
+    Image.fromarray(pixels.astype(np.uint8)).save(file, "JPEG", quality=95, **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("wanted", "size"),
+    [((600, 800), (600, 800)), ((301, 400), (600, 800)), ((300, 400), (300, 400)), ((150, 200), (150, 200)),
+     ((75, 101), (150, 200)), ((10, 10), (75, 100)), ((1000, 1000), (600, 800))],
+)  # fmt: skip
+def test_a_jpeg_is_decoded_no_larger_than_is_needed(wanted: tuple[int, int], size: tuple[int, int]) -> None:
+    data = photograph(600, 800)
+    asked = []
+
+    def size_for(height: int, width: int) -> tuple[int, int]:
+        asked.append((height, width))
+        return wanted
+
+    found = decode_image(Media("image", data, "a.jpg"), size_for=size_for)
+    assert tuple(found.shape[1:]) == size and asked == [(600, 800)]
+    whole = decode_image(Media("image", data, "a.jpg")).float()
+    assert torch.equal(whole, torch.from_numpy(np.array(Image.open(io.BytesIO(data)))).permute(2, 0, 1).float())
+    shrunk = torch.nn.functional.interpolate(whole[None], size=size, mode="area")[0]
+    assert (found.float() - shrunk).abs().mean() < 1
+
+
+def test_the_size_that_is_needed_is_of_the_upright_image() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = photograph(400, 800, exif=exif.tobytes())
+    assert decode_image(Media("image", data, "a.jpg")).shape == (3, 800, 400)
+    assert decode_image(Media("image", data, "a.jpg"), size_for=lambda h, w: (h // 2, w // 2)).shape == (3, 400, 200)
+    assert decode_image(Media("image", data, "a.jpg"), size_for=lambda h, w: (400, 100)).shape == (3, 400, 200)
+
+
+def test_tokens_of_a_shrunk_photograph_are_those_of_the_whole_one() -> None:
+    tokenizer = ImageTokenizer(patch=14, max_tokens=64)
+    media = Media("image", photograph(900, 1333), "a.jpg")
+    whole, shrunk = tokenizer(decode_image(media)), tokenizer(decode_image(media, size_for=tokenizer.size_for))
+    assert torch.equal(whole.grid, shrunk.grid)
+    assert (whole.values.float() - shrunk.values.float()).abs().mean() < 1

@@ -71,3 +71,9 @@ def test_impossible_sizes(n, block, window):
 def test_outside(place):
     with pytest.raises(IndexError, match="of 10 samples"):
         order(0, 0, 10)[place]
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 17, 1000, 4096, 16000])
+def test_a_table_is_what_single_places_give(n: int) -> None:
+    permutation = Permutation(3, n)
+    assert permutation.table().tolist() == [permutation[i] for i in range(n)]

@@ -35,9 +35,9 @@ def main() -> None:
         dist.init_process_group("gloo", init_method=f"file://{sys.argv[3]}", rank=rank, world_size=world)
     seer = Mortal(dies_after)
     benchmark = ColorBenchmark(n=40, distinct=True)
-    result = evaluate(
-        None, benchmark, output=sys.argv[4], model_path=sys.argv[4], batch_size=1, respond=seer, show_progress=False
-    )
+    model = Path(sys.argv[4], "model")
+    options = {"model_path": model, "batch_size": 1, "respond": seer, "show_progress": False}
+    result = evaluate(None, benchmark, output=sys.argv[4], **options)
     asked = [sample.key for sample in seer.asked]
     text = json.dumps({"scores": result["scores"], "controls": result["controls"], "asked": asked})
     Path(sys.argv[4], f"rank{rank}.json").write_text(text)
