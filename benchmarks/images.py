@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from mm.datasets.decode import decode
+from mm.datasets.decode import decode_image
 from mm.tokenizers.image import ImageTokenizer
 from mm.types import Media
 
@@ -50,7 +50,7 @@ def plain(data: bytes) -> torch.Tensor:
 
 
 def ours(data: bytes) -> torch.Tensor:
-    values = TOKENIZER(decode(Media("image", data, "a.jpg"), size_for=TOKENIZER.size_for)).values
+    values = TOKENIZER(decode_image(Media("image", data, "a.jpg"), size_for=TOKENIZER.size_for)).values
     return torch.addcmul(SHIFT, values, SCALE)
 
 

@@ -68,7 +68,7 @@ def wait(poll: Callable[[], int | None], seconds: float) -> int | None:
         status = poll()
         if status is not None:
             return status
-        time.sleep(0.0005)
+        time.sleep(0.002)
     return poll()
 
 

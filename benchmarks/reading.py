@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import webdataset
 
@@ -42,7 +43,9 @@ def ours(folder: Path, shuffled: bool) -> int:
 
 def theirs(folder: Path, shuffled: bool) -> int:
     urls = sorted(str(path) for path in folder.glob("*.tar"))
-    data = webdataset.WebDataset(urls, shardshuffle=len(urls) if shuffled else False, seed=1)
+    data: Any = webdataset.WebDataset(  # pyright: ignore[reportAttributeAccessIssue]
+        urls, shardshuffle=len(urls) if shuffled else False, seed=1
+    )
     if shuffled:
         data = data.shuffle(1000)
     return sum(len(sample["0.jpg"]) for sample in data)

@@ -10,7 +10,7 @@ walking (Black & Rogaway, 2002, "Ciphers with arbitrary finite domains").
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 
@@ -98,6 +98,9 @@ class Order(Sequence[int]):
 
     def __len__(self) -> int:
         return self.n
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_last": None}
 
     @overload
     def __getitem__(self, index: int) -> int: ...

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import fsspec
+from fsspec.utils import get_protocol
 
 from mm.datasets.manifest import MANIFEST, parse_manifest
 
@@ -140,7 +141,7 @@ class RemoteFolder:
             # Connections, and the thread that serves them, do not survive a fork.
             self._filesystem = (
                 os.getpid(),
-                fsspec.filesystem(fsspec.utils.get_protocol(self.url), skip_instance_cache=True),
+                fsspec.filesystem(get_protocol(self.url), skip_instance_cache=True),
             )
         return self._filesystem[1]
 

@@ -143,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def leave_a_core() -> dict[str, str]:
     """OMP_NUM_THREADS for training, unless it is set: every core but one, which the loader's worker needs.
 
-    Threads wait for one another: on two cores a step takes a quarter longer with two threads beside a worker than with one.
+    Threads wait for one another: on two cores, two beside a worker make a step a quarter longer than one does.
     """
     cores = len(os.sched_getaffinity(0))
     return {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores - 1)))}

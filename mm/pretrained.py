@@ -84,7 +84,9 @@ def open_published(path: Path) -> Published:
     files = {name: (path / name).read_text(encoding="utf-8") for name in SIDE_FILES if (path / name).is_file()}
     named = next((path / name for name in ("tokenizer.json", "tokenizer.model") if (path / name).is_file()), None)
     tokenizer = None if named is None else TextTokenizer.load(named)
-    return Published(config, path / "config.json", open_directory(path), tokenizer, files)
+    where, source = path / "config.json", open_directory(path)
+    config = family_of(str(config.get("model_type")), str(where)).settle(config, source.shapes.keys())
+    return Published(config, where, source, tokenizer, files)
 
 
 def _open_gguf(path: Path) -> Published:

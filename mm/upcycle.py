@@ -14,6 +14,7 @@ import torch
 import yaml
 
 from mm import checkpoint
+from mm.decoder.decoder import Decoder
 from mm.decoder.upcycle import Upcycling, copy_into_experts
 from mm.model import MultimodalModel
 from mm.parts import build
@@ -26,18 +27,20 @@ def upcycle(
 ) -> tuple[MultimodalModel, bool]:
     """The sparse model, in eval mode, and whether it computes what the dense one does.
 
-    Towers and all else are copied. The result came from no published checkpoint: `mm export` has no class for it.
+    Towers and all else are copied. The result is no published checkpoint any more: `mm export` has no class for it.
     Raises ValueError naming a part that cannot be changed.
     """
     if model.config is None:
         raise ValueError("upcycle: the model does not know its config; open it with mm.load")
     config = deepcopy(model.config)
     config["init_args"]["decoder"] = upcycling.tree(config["init_args"]["decoder"])
-    sparse = build(config, MultimodalModel)
-    sparse.config = config
-    same = copy_into_experts(model.decoder, sparse.decoder, upcycling, generator)
-    beside = {name: x for name, x in model.state_dict().items() if not name.startswith("decoder.")}
-    sparse.load_state_dict(beside, strict=False)
+    decoder = build(config["init_args"]["decoder"], Decoder)
+    decoder.set_vocabulary(model.decoder.vocab_size)
+    if any(getattr(layer, "cross", None) is not None for layer in model.decoder.layers):
+        decoder.add_cross_attention()
+    same = copy_into_experts(model.decoder, decoder, upcycling, generator)
+    sparse = deepcopy(model, {id(model.decoder): decoder})  # a copy of all else, around the other decoder
+    sparse.config, sparse.origin = config, None
     return sparse.eval(), same
 
 

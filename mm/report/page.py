@@ -17,6 +17,7 @@ from markupsafe import Markup
 import mm
 from mm.info import count
 from mm.report import plots
+from mm.report.evaluation import score_charts
 from mm.report.media import Embedded, embed
 from mm.report.run import Benchmark, Curve, Prediction, Run, Stage, flatten, read_run
 from mm.types import MODALITIES
@@ -103,6 +104,7 @@ def render(run: Run) -> str:
         ran=what_ran(run.summary),
         stages=[view(stage) for stage in run.stages],
         controls=control_names(run.benchmarks),
+        score_charts=[Chart(*drawing) for bench in run.benchmarks for drawing in score_charts(bench)],
         galleries=[(bench, gallery(bench), shares(bench)) for bench in run.benchmarks if bench.predictions],
         summary=[(name, value) for name, value in flatten(run.summary) if isinstance(value, (int, float, str))],
         missing=missing(run),

@@ -69,6 +69,8 @@ class Benchmark:
     generated: bool
     provenance: dict[str, Any]
     predictions: list[Prediction]
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)  # 95 % of each score
+    calibration: dict[str, Any] | None = None  # {"ece", "bins": [{"n", "confidence", "accuracy"}]}
 
 
 @dataclass
@@ -205,6 +207,10 @@ def _read_benchmark(path: Path, run: Run) -> Benchmark:
         predictions=[_prediction(line, path, run, generated) for line in _read_lines(predictions, run)]
         if predictions.exists()
         else [],
+        intervals={
+            str(name): (float(ends[0]), float(ends[1])) for name, ends in (result.get("intervals") or {}).items()
+        },
+        calibration=result.get("calibration"),
     )
 
 

@@ -108,10 +108,15 @@ def sweep(folder: Path) -> list[Path]:
 
 
 class _HashingWriter:
-    """What torch.save writes into. Keeps back the end record, whose comment length is not known to torch."""
+    """What torch.save writes into. Keeps back the end record, whose comment length is not known to torch.
+
+    A write that fails is kept in `error`, and what follows is dropped: torch would go on to finish its archive, fail at
+    that, and report that alone.
+    """
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file, self.digest, self.kept = file, hashlib.sha256(), b""
+        self.error: OSError | None = None
 
     def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
@@ -129,8 +134,12 @@ class _HashingWriter:
         """torch.save asks for one; the file is flushed when it is whole."""
 
     def emit(self, data: bytes | memoryview) -> None:
-        self.digest.update(data)
-        self.file.write(data)
+        if self.error is None:
+            self.digest.update(data)
+            try:
+                self.file.write(data)
+            except OSError as error:
+                self.error = error
 
 
 def _write(file: IO[bytes], checkpoint: dict[str, Any]) -> str:
@@ -147,6 +156,8 @@ def _write(file: IO[bytes], checkpoint: dict[str, Any]) -> str:
         "versions": {"mm": mm.__version__, "torch": str(torch.__version__)},
     }
     writer.emit(json.dumps(about).encode().ljust(TAIL - 64))
+    if writer.error is not None:
+        raise writer.error
     digest = writer.digest.hexdigest()
     file.write(digest.encode())
     file.flush()

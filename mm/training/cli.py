@@ -29,6 +29,7 @@ from typing_extensions import override
 
 import mm
 from mm.allowlist import ALLOWED, allow_imports
+from mm.checkpoint import write_atomically
 from mm.training.checkpoints import AtomicCheckpointIO, CheckpointProbe
 from mm.training.resume import ResumeCheck
 
@@ -61,7 +62,7 @@ class SaveConfig(SaveConfigCallback):
         if trainer.loggers and folder and trainer.is_global_zero:
             path = Path(folder) / ("config.yaml" if stage == "fit" else "config-" + stage + ".yaml")
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(self.parser.dump(self.config, skip_unset=False), encoding="utf-8")
+            write_atomically(path, self.parser.dump(self.config, skip_unset=False).encode())
 
 
 class MultimodalCLI(LightningCLI):

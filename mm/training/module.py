@@ -106,7 +106,8 @@ class ObjectiveModule(pl.LightningModule):
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """What is drawn in a step (dropout, ...) depends on the run's seed, the step and the rank, and on nothing that
         happened before: a resumed run draws what the unbroken one would have, and no state needs to be kept."""
-        done = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed
+        progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress
+        done = progress.total.processed
         drawn = subseed(os.environ.get("PL_GLOBAL_SEED", "0"), "step", done, self.global_rank)
         random.seed(drawn)
         np.random.seed(drawn & 0xFFFFFFFF)

@@ -15,10 +15,9 @@ from mm.datasets.fingerprint import below, describe, differing, flatten
 CONFIG = "mm_config"
 
 # What may change between a run and its resume, because no weight depends on it: how many processes and ranks work
-# (the global batch stays), what is written, watched or validated. `data` is here because the data module compares what
-# its batches are made of, wherever they lie.
+# (the global batch stays), what is written, watched or validated.
 FREE = (
-    "config", "ckpt_path", "data", "weights_only", "seed_everything_default",
+    "config", "ckpt_path", "weights_only",
     *(f"trainer.{key}" for key in (
         "devices", "num_nodes", "strategy", "logger", "callbacks", "plugins", "default_root_dir", "profiler",
         "enable_checkpointing", "enable_progress_bar", "enable_model_summary", "enable_autolog_hparams",
@@ -63,10 +62,12 @@ class ResumeCheck(Callback):
     def check(self, trainer: pl.Trainer, checkpoint: Mapping[str, Any]) -> None:
         if trainer.state.fn != TrainerFn.FITTING or CONFIG not in checkpoint:
             return
-        changed = differing(checkpoint[CONFIG], self.config, self.allow)
         data: Any = getattr(trainer, "datamodule", None)
         state = checkpoint.get(type(data).__qualname__)
-        if hasattr(data, "changes") and state is not None:
+        itself = hasattr(data, "changes") and state is not None
+        allowed = (*self.allow, "data") if itself else self.allow
+        changed = differing(checkpoint[CONFIG], self.config, allowed)
+        if itself:  # it compares what its batches are made of, wherever that lies
             changed |= data.changes(state)
         if changed:
             raise ValueError(f"{trainer.ckpt_path}: the checkpoint was made with another config: {describe(changed)}")

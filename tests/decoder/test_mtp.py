@@ -129,7 +129,8 @@ def test_losses_are_those_of_tokens_further_ahead() -> None:
     for depth, (state, there) in enumerate(states(model.decoder, batch), 1):
         logits = model.decoder.logits(state)
         targets = [(0, t) for t in range(depth + 1, 6)]  # row 1's documents are too short: two tokens each
-        term = sum(F.cross_entropy(logits[r, t - 1][None], ids[r, t][None], reduction="sum") for r, t in targets)
+        losses = [F.cross_entropy(logits[r, t - 1], ids[r, t]) for r, t in targets]
+        term = torch.stack(losses).sum()
         assert there.sum() == len(targets) + 1 + (2 if depth == 1 else 0)
         terms.append(term)
         assert loss.parts[f"mtp{depth}"] == pytest.approx(term.item() / len(targets), rel=1e-5)

@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import mm
 from mm import checkpoint, cli
 from mm.decoder.ffn.experts import ClampedSwigluExperts, GegluExperts, PlainExperts, SwigluExperts
 from mm.decoder.ffn.moe import SparseMoE, moe_layers
 from mm.decoder.upcycle import Upcycling
+from mm.export import export
 from mm.model import MultimodalModel
 from mm.parts import build
 from mm.testing import spread, tiny_tokenizer
@@ -142,6 +144,18 @@ def test_layers_are_chosen_and_the_tree_stays_readable() -> None:
     every = Upcycling().tree(model.config["init_args"]["decoder"])
     assert every["init_args"]["ffns"].keys() == {"dense_experts"}
     assert every["init_args"]["layers"] == [{"pattern": [sparse], "repeat": 7}]
+
+
+def test_a_published_model_is_upcycled_and_no_longer_exported(tmp_path: Path) -> None:
+    """Tied embeddings, a tokenizer that is not there, and the origin that the result no longer has."""
+    sizes = {"hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=60, num_key_value_heads=1, tie_word_embeddings=True, **sizes)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
+    assert cli.main(["upcycle", str(tmp_path / "llama"), str(tmp_path / "moe"), "--experts", "3"]) == 0
+    dense, sparse = mm.load(tmp_path / "llama"), mm.load(tmp_path / "moe")
+    assert difference(dense, sparse, 0) < 1e-5 and sparse.decoder.head.weight is sparse.decoder.embed.weight
+    with pytest.raises(ValueError, match="did not come from a published checkpoint"):
+        export(sparse, tmp_path / "hf")
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], tokenizer: str) -> None:

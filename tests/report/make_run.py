@@ -97,6 +97,10 @@ def _easy_vqa(results: Path, samples: int, rng: random.Random) -> None:
         "chance": {"accuracy": 0.5, "color_shape_accuracy": 0.111},
         "controls": {"question_only": {"accuracy": 0.671, "color_shape_accuracy": 0.231},
                      "shuffled_media": {"accuracy": 0.655, "color_shape_accuracy": 0.214}},
+        "intervals": {"accuracy": [0.981, 0.991], "color_shape_accuracy": [0.957, 0.977]},
+        "calibration": {"n": samples, "ece": 0.031, "bins": [
+            {"low": 0.5, "high": 0.6, "n": 3, "confidence": 0.55, "accuracy": 0.4},
+            {"low": 0.9, "high": 1.0, "n": 21, "confidence": 0.97, "accuracy": 0.99}]},
         "provenance": {"model": "runs/demo/model", "decoding": {"temperature": 0.0, "max_new_tokens": 4}, "seed": 0},
     }  # fmt: skip
     _write_results(results, "easy_vqa", scores, lines)

@@ -234,3 +234,11 @@ def test_duration(seconds: float, spelled: str) -> None:
 )
 def test_spell(value: float, spelled: str) -> None:
     assert plots.spell(value) == spelled
+
+
+def test_scores_have_intervals_bars_and_a_calibration_plot(html: str) -> None:
+    assert "98.1% to 99.1%" in html
+    assert 'aria-label="scores of easy_vqa"' in html and 'aria-label="calibration of easy_vqa"' in html
+    assert "color shape: 96.8%, 95 % interval 95.7% to 97.7%" in html
+    assert "21 answers: confidence 97%, right 99%" in html
+    assert 'aria-label="calibration of audio"' not in html, "no confidences are known there"

@@ -83,12 +83,22 @@ def test_a_failed_write_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.M
         write_checkpoint(state(2), path)
     monkeypatch.undo()
 
-    def full(self: Any, data: Any) -> None:
-        self.file.write(data)
-        if self.file.tell() > 2000:
-            raise OSError(28, "No space left on device")
+    class Full:
+        """A file on a file system that ends after 2000 bytes."""
 
-    monkeypatch.setattr(checkpoint_file._HashingWriter, "emit", full)
+        def __init__(self, file: Any) -> None:
+            self.file = file
+
+        def write(self, data: Any) -> int:
+            if self.file.tell() > 2000:
+                raise OSError(28, "No space left on device")
+            return self.file.write(data)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.file, name)
+
+    real = checkpoint_file._HashingWriter
+    monkeypatch.setattr(checkpoint_file, "_HashingWriter", lambda file: real(Full(file)))  # type: ignore[arg-type]
     with pytest.raises(OSError, match=r"no space left for a checkpoint .* a\.ckpt is as it was"):
         write_checkpoint(state(2), path)
     assert verify_checkpoint(path)["step"] == 1 and files(tmp_path) == ["a.ckpt"]
@@ -217,7 +227,8 @@ def test_a_trainer_saves_and_resumes_with_it(tmp_path: Path, asynchronous: bool)
     assert verify_checkpoint(tmp_path / "last.ckpt")["step"] == 6
     assert fit(tmp_path, "last").global_step == 6
     weights = torch.load(tmp_path / "last.ckpt")["state_dict"]
-    assert torch.equal(weights["layer.weight"], trainer.lightning_module.layer.weight)
+    module: Any = trainer.lightning_module
+    assert torch.equal(weights["layer.weight"], module.layer.weight)
 
 
 def test_the_probe_says_before_the_first_step_that_there_is_no_room(
