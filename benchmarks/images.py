@@ -50,7 +50,7 @@ def plain(data: bytes) -> torch.Tensor:
 
 
 def ours(data: bytes) -> torch.Tensor:
-    values = TOKENIZER(decode_image(Media("image", data, "a.jpg"), size_for=TOKENIZER.size_for)).values
+    values = TOKENIZER(decode_image(Media("image", data, "a.jpg"), resizer=TOKENIZER)).values
     return torch.addcmul(SHIFT, values, SCALE)
 
 

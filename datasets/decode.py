@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -45,7 +45,11 @@ TURNS: dict[int, Callable[[Tensor], Tensor]] = {  # of (3, H, W), as the standar
 }
 
 
-SizeRule = Callable[[int, int], tuple[int, int]]  # (height, width) -> (height, width)
+class Resizer(Protocol):
+    """How the caller resizes images (ImageTokenizer does): to what size, and by which filter."""
+
+    def size_for(self, height: int, width: int) -> tuple[int, int]: ...
+    def resize(self, frames: Tensor, size: tuple[int, int], covered: tuple[float, float]) -> Tensor: ...
 
 
 class Probe(NamedTuple):
@@ -55,16 +59,16 @@ class Probe(NamedTuple):
 
 
 def decode(
-    media: Media, max_pixels: int = MAX_PIXELS, max_seconds: float = MAX_SECONDS, size_for: SizeRule | None = None
+    media: Media, max_pixels: int = MAX_PIXELS, max_seconds: float = MAX_SECONDS, resizer: Resizer | None = None
 ) -> Tensor | Waveform | VideoClip:
-    """An image as uint8 (3, H, W), audio as a Waveform, a video as an opened Clip. `size_for`: see `decode_image`.
+    """An image as uint8 (3, H, W), audio as a Waveform, a video as an opened Clip. `resizer`: see `decode_image`.
 
     Raises MediaError for a file that is missing, empty, a directory, not of its kind, truncated, larger than
     `max_pixels`, longer than `max_seconds` (sound), or without samples or frames.
     """
     match media.kind:
         case "image":
-            return decode_image(media, max_pixels, size_for)
+            return decode_image(media, max_pixels, resizer)
         case "audio":
             return decode_audio(media, max_seconds)
         case "video":
@@ -91,21 +95,30 @@ def probe(media: Media) -> Probe:
         return Probe(0, 0, samples.shape[1] / rate)
 
 
-def decode_image(media: Media, max_pixels: int = MAX_PIXELS, size_for: SizeRule | None = None) -> Tensor:
+def decode_image(media: Media, max_pixels: int = MAX_PIXELS, resizer: Resizer | None = None) -> Tensor:
     """uint8 (3, H, W), upright (EXIF orientation applied), on white where transparent; the first frame if animated.
 
-    16-bit grey is scaled to 8 bits. 32-bit and floating-point pixels have no fixed range and are refused. With
-    `size_for`, which says what size an upright image of height and width will be resized to, a JPEG is decoded at a
-    half, a quarter or an eighth of its size where that is still as large: most of a photograph is never computed.
+    16-bit grey is scaled to 8 bits. 32-bit and floating-point pixels have no fixed range and are refused. With a
+    `resizer`, the image has the size and the filter that it asks for; a JPEG of at least twice that size is decoded at
+    a half, a quarter or an eighth: most of a photograph's pixels are never computed.
     """
     label, data = _label(media), _read(media)
     with open_image(data, label, max_pixels) as image:
-        pixels = _jpeg(image, data, size_for) if image.format == "JPEG" and image.mode in ("RGB", "L") else None
+        factor, pixels = 1, None
+        if image.format == "JPEG" and image.mode in ("RGB", "L"):
+            factor, pixels = _jpeg(image, data, resizer)
         if pixels is None:
+            factor = 1
             image.load()
             pixels = _pixels(image, label)
+        height, width = image.height, image.width
         turn = image.getexif().get(ORIENTATION, 1)  # after loading: Pillow turns a TIFF itself while it loads it
-    return TURNS[turn](pixels).contiguous() if turn in TURNS else pixels
+    if turn in TURNS:
+        pixels = TURNS[turn](pixels).contiguous()
+        height, width = (width, height) if turn >= 5 else (height, width)
+    if resizer is None:
+        return pixels
+    return resizer.resize(pixels[None], resizer.size_for(height, width), (height / factor, width / factor))[0]
 
 
 @contextmanager
@@ -131,22 +144,22 @@ def open_image(data: bytes, label: str, max_pixels: int) -> Iterator[Image.Image
             yield image
 
 
-def _jpeg(image: Image.Image, data: bytes, size_for: SizeRule | None) -> Tensor | None:
-    """What Pillow would give, bit for bit, in half its time; None where the file is not quite as it should be, which is
-    then for Pillow to judge."""
+def _jpeg(image: Image.Image, data: bytes, resizer: Resizer | None) -> tuple[int, Tensor | None]:
+    """By what the sides are divided, and what Pillow would give, bit for bit, in half its time; None where the file is
+    not quite as it should be, which is then for Pillow to judge."""
     import simplejpeg
 
     factor = 1
-    if size_for is not None:
+    if resizer is not None:
         upright = image.size if image.getexif().get(ORIENTATION, 1) >= 5 else image.size[::-1]
-        room = min(have / want for have, want in zip(upright, size_for(*upright), strict=True))
+        room = min(have / want for have, want in zip(upright, resizer.size_for(*upright), strict=True))
         factor = next((factor for factor in FACTORS if room >= factor), 1)
-    height, width = (-(-side // factor) for side in image.size[::-1])
+    height, width = (-(-side // factor) for side in image.size[::-1])  # libjpeg rounds up
     try:
         pixels = simplejpeg.decode_jpeg(data, "RGB", min_height=height, min_width=width, min_factor=factor)
     except ValueError:
-        return None
-    return torch.from_numpy(pixels).permute(2, 0, 1)
+        return factor, None
+    return factor, torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def _pixels(image: Image.Image, label: str) -> Tensor:

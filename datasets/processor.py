@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mm.datasets.chat_template import ChatTemplate, Elements, Slot, Turn, Vocabulary
-from mm.datasets.decode import SizeRule, decode
+from mm.datasets.decode import Resizer, decode
 from mm.types import Media, MediaSpec, Sample, Tokens
 
 
@@ -144,8 +144,9 @@ class Processor:
         return {index: self._decode_one(sample.media[index]) for index in dict.fromkeys(slot.media for slot in slots)}
 
     def _decode_one(self, media: Media) -> Any:
-        size_for: SizeRule | None = getattr(self.specs[media.kind].tokenizer, "size_for", None)
-        return decode(media, size_for=size_for)
+        tokenizer: Any = self.specs[media.kind].tokenizer
+        resizer: Resizer | None = tokenizer if hasattr(tokenizer, "resize") else None
+        return decode(media, resizer=resizer)
 
     def _slot_length(self, slot: Slot, decoded: dict[int, Any]) -> int:
         spec = self.specs[slot.kind]

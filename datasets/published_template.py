@@ -50,6 +50,14 @@ class PublishedTemplate(ChatTemplate):
         self.stop, self.source = tuple(stop), source
         self.specials, self.variables = tuple(specials), dict(variables or {})
 
+    @property
+    def end(self) -> str:
+        raise ValueError(
+            "a published template closes turns by ids (stop_ids), not by one special; where that is needed (questions "
+            "that "
+            "share media), set the model's template to mm.datasets.chat_template.ChatTemplate"
+        )
+
     def stop_ids(self, tokenizer: Vocabulary) -> frozenset[int]:
         return frozenset(self.stop)
 

@@ -26,6 +26,7 @@ from mm.parts import build
 from mm.testing import tiny_tokenizer
 from mm.tokenizers.image import ImageTokenizer
 from mm.tokenizers.missing import MissingTokenizer
+from mm.types import Sample
 
 CONFIG: dict[str, Any] = {
     "model_type": "llama",
@@ -249,6 +250,27 @@ def test_with_a_tokenizer(path: Path) -> None:
     assert refusal == f"{path / 'config.json'}: vocab_size 97 is below the {tokenizer.vocab_size} ids of its tokenizer"
 
 
+def test_a_chat_template_comes_along_and_stays(path: Path, tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.save(write(path, tensors(CONFIG | {"vocab_size": 303}), vocab_size=303))
+    source = "{{ bos_token }}{% for m in messages %}<|user|>{{ m.content }}<|end|>{% endfor %}"
+    settings = {"chat_template": source, "bos_token": {"content": "<|system|>"}, "eos_token": "<|end|>"}
+    (path / "tokenizer_config.json").write_text(json.dumps(settings))
+    model = mm.load(path)
+    chat = Sample("1", [{"role": "user", "content": "red <|end|>"}])
+    ids = model.template.render(chat, model.tokenizer).ids.tolist()
+    spelled = [tokenizer.special(name) for name in ("<|system|>", "<|user|>")]
+    assert ids == [*spelled, *tokenizer.encode("red <|end|>"), tokenizer.special("<|end|>")]
+    checkpoint.save(model, tmp_path / "own")
+    own = mm.load(tmp_path / "own")
+    assert own.template.render(chat, own.tokenizer).ids.tolist() == ids
+    assert own.template.stop_ids(own.tokenizer) == {7}
+    (path / "chat_template.jinja").write_text("{{ messages[0].content }}")  # the newer place wins
+    assert mm.load(path).template.render(chat, tokenizer).ids.tolist() == tokenizer.encode("red <|end|>")
+    (path / "tokenizer_config.json").write_text("{")
+    assert refused(path).startswith(f"{path / 'tokenizer_config.json'}: not JSON")
+
+
 def test_generation_ends_where_the_files_say(path: Path) -> None:
     model = mm.load(path)
     endless = model.generate(IDS, max_new_tokens=8, stop=())[0].tolist()
@@ -331,7 +353,6 @@ def test_import_makes_a_directory_of_ours(path: Path, tmp_path: Path, capsys: py
 
 def test_a_chat_needs_a_template(path: Path) -> None:
     from mm.generation.engine import generate
-    from mm.types import Sample
 
     model = mm.load(path)
     with pytest.raises(ValueError, match="sample 1: .*template"):

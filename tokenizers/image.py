@@ -9,6 +9,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
 
@@ -55,6 +56,18 @@ class ImageTokenizer:
         _, h, w = self.grid_of(height, width)
         return h * self.patch, w * self.patch
 
+    def resize(self, frames: Tensor, size: tuple[int, int], covered: tuple[float, float]) -> Tensor:
+        """(T, 3, H, W) uint8 -> (T, 3, *size). `covered` is how many of its pixels (H, W) are the picture: a decoder
+        that shrinks an image gives a whole number of them, and the last is then only partly it."""
+        if covered == tuple(frames.shape[-2:]):
+            if covered == size:
+                return frames
+            return transforms.resize(frames, list(size), interpolation=InterpolationMode.BICUBIC, antialias=True)
+        # A hair more than exact, since the output's size is rounded down; what is beyond `size` is cut off.
+        scale = [want / have * (1 + 1e-9) for want, have in zip(size, covered, strict=True)]
+        resized = interpolate(frames, scale_factor=scale, mode="bicubic", antialias=True)
+        return resized[..., : size[0], : size[1]]
+
     def measure(self, media: Tensor) -> Grid:
         _check(media)
         return self.grid_of(media.shape[1], media.shape[2])
@@ -70,8 +83,7 @@ class ImageTokenizer:
         """(T, 3, H, W) uint8 -> (T*h*w, 3*p*p) uint8: frames resized to the grid's h x w patches and unfolded."""
         _, h, w = grid
         p = self.patch
-        if frames.shape[-2:] != (h * p, w * p):
-            frames = transforms.resize(frames, [h * p, w * p], interpolation=InterpolationMode.BICUBIC, antialias=True)
+        frames = self.resize(frames, (h * p, w * p), (frames.shape[-2], frames.shape[-1]))
         cells = frames.reshape(-1, 3, h, p, w, p).permute(0, 2, 4, 1, 3, 5)  # (T, h, w, 3, p, p)
         return cells.reshape(-1, self.dim)
 

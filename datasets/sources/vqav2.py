@@ -106,7 +106,7 @@ class VQAv2(Source[Record]):
     def _official_annotations(self) -> Path | None:
         name = self.questions.name.replace("OpenEnded_", "").replace("questions.json", "annotations.json")
         path = self.questions.with_name(name)
-        return path if path.is_file() else None
+        return path if path != self.questions and path.is_file() else None
 
     def _image_folder(self, subtype: str) -> Path:
         if self.images is not None:

@@ -87,9 +87,7 @@ def _bar(bar: Bar, top: float, axis: Axis) -> Markup:
     ]
     if bar.interval:
         low, high = (axis(end) for end in bar.interval)
-        whisker = "M{:.1f} {:.1f}H{:.1f}M{:.1f} {:.1f}v6M{:.1f} {:.1f}v6".format(
-            low, middle, high, low, middle - 3, high, middle - 3
-        )
+        whisker = f"M{low:.1f} {middle:.1f}H{high:.1f}M{low:.1f} {middle - 3:.1f}v6M{high:.1f} {middle - 3:.1f}v6"
         parts.append(Markup('<path class="whisker" d="{}"/>').format(whisker))
     if bar.chance is not None:
         line = Markup('<path class="mark" d="M{:.1f} {:.1f}v{}"/>')

@@ -148,7 +148,8 @@ def test_layers_are_chosen_and_the_tree_stays_readable() -> None:
 
 def test_a_published_model_is_upcycled_and_no_longer_exported(tmp_path: Path) -> None:
     """Tied embeddings, a tokenizer that is not there, and the origin that the result no longer has."""
-    sizes = {"hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes: dict[str, Any] = {"hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 2}
+    sizes["num_attention_heads"] = 2
     config = LlamaConfig(vocab_size=60, num_key_value_heads=1, tie_word_embeddings=True, **sizes)
     LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
     assert cli.main(["upcycle", str(tmp_path / "llama"), str(tmp_path / "moe"), "--experts", "3"]) == 0

@@ -90,7 +90,7 @@ class GGUFFile:
         self.path = path
         with open(path, "rb") as file:
             if path.stat().st_size < 24 or file.read(4) != b"GGUF":
-                raise ValueError(f"{path}: not a GGUF file")
+                raise ValueError(f"{path}: not a GGUF file (other formats are opened by their directory)")
             self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self._at = 4
         try:

@@ -89,6 +89,8 @@ def _config(file: GGUFFile) -> dict[str, Any]:
         raise ValueError(
             f"{file.path}: general.architecture = {architecture!r} is not supported; only {', '.join(ARCHITECTURES)}"
         )
+    if "token_embd.weight" not in file.shapes:
+        raise ValueError(f"{file.path}: missing tensor token_embd.weight")
     prefix = f"{architecture}."
     known = {
         key.removeprefix(prefix): value
@@ -114,7 +116,7 @@ def _config(file: GGUFFile) -> dict[str, Any]:
         "rms_norm_eps": s.number("attention.layer_norm_rms_epsilon"),
         "max_position_embeddings": s.integer("context_length"),
         "rope_parameters": _rope(s, file),
-        "vocab_size": file.shapes["token_embd.weight"][0] if "token_embd.weight" in file.shapes else 0,
+        "vocab_size": file.shapes["token_embd.weight"][0],
         "tie_word_embeddings": "output.weight" not in file.shapes,
     }
     if architecture == "llama" and "blk.0.attn_q.bias" in file.shapes:
@@ -126,8 +128,6 @@ def _config(file: GGUFFile) -> dict[str, Any]:
     if window:
         s.refuse("attention.sliding_window", "windows are not read from GGUF files; load the original directory")
     s.finish()
-    if config["model_type"] != "llama" and dim * heads == width and config["model_type"] == "qwen2":
-        del config["head_dim"]
     return config
 
 

@@ -61,7 +61,9 @@ def permute(x: np.ndarray, heads: int) -> np.ndarray:
     return x.reshape(heads, 2, x.shape[0] // heads // 2, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)
 
 
-def write(path: Path, reference: Any, kind: Kind, **metadata: Any) -> dict[str, Tensor]:
+def write(
+    path: Path, reference: Any, kind: Kind, rope_freqs: Tensor | None = None, **metadata: Any
+) -> dict[str, Tensor]:
     """Writes the reference's weights with the gguf package; returns what they are once packed, under their names."""
     config = reference.config
     name = config.model_type
@@ -83,6 +85,8 @@ def write(path: Path, reference: Any, kind: Kind, **metadata: Any) -> dict[str, 
     for key, value in metadata.items():
         key = key.replace("__", ".")
         {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}[type(value)](f"{name}.{key}", value)
+    if rope_freqs is not None:
+        writer.add_tensor("rope_freqs.weight", rope_freqs.numpy())
     packed = {}
     for key, tensor in reference.state_dict().items():
         if key == "lm_head.weight" and config.tie_word_embeddings:
@@ -170,6 +174,15 @@ def test_rope_scaling_from_the_metadata(tmp_path: Path) -> None:
     reference = random_llama(rope_parameters=linear)
     metadata = {"rope__scaling__type": "linear", "rope__scaling__factor": 4.0}
     compare(reference, tmp_path / "x.gguf", write(tmp_path / "x.gguf", reference, Kind.F32, **metadata))
+
+
+def test_llama_3_frequencies_stored_as_a_tensor(tmp_path: Path) -> None:
+    rope = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 16}
+    reference = random_llama(rope_parameters=rope | {"low_freq_factor": 1.0, "high_freq_factor": 4.0})
+    plain = 1e4 ** -(torch.arange(0, 32, 2) / 32)
+    divisors = (plain / reference.model.rotary_emb.inv_freq).float()
+    assert divisors.max() > 7 and divisors.min() == 1
+    compare(reference, tmp_path / "x.gguf", write(tmp_path / "x.gguf", reference, Kind.F32, divisors))
 
 
 def test_a_model_from_gguf_can_be_exported(tmp_path: Path) -> None:
