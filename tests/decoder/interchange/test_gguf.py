@@ -177,7 +177,7 @@ def test_rope_scaling_from_the_metadata(tmp_path: Path) -> None:
 
 
 def test_llama_3_frequencies_stored_as_a_tensor(tmp_path: Path) -> None:
-    rope = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 16}
+    rope = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 32}
     reference = random_llama(rope_parameters=rope | {"low_freq_factor": 1.0, "high_freq_factor": 4.0})
     plain = 1e4 ** -(torch.arange(0, 32, 2) / 32)
     divisors = (plain / reference.model.rotary_emb.inv_freq).float()
