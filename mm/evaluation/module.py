@@ -114,7 +114,9 @@ def score_table(results: Sequence[Mapping[str, Any]]) -> Table:
     table = Table(title="Scores (fractions in percent)")
     for heading in ("benchmark", "score"):
         table.add_column(heading, no_wrap=True)
-    for heading in ("model", "95 %", "random choice", *(name.replace("_", " ") for name in controls)):
+    table.add_column("model", justify="right")
+    table.add_column("95 %", justify="right", no_wrap=True)
+    for heading in ("random choice", *(name.replace("_", " ") for name in controls)):
         table.add_column(heading, justify="right")
     for result in results:
         label = f"{result['benchmark']} ({result['n']:,})"
@@ -126,7 +128,7 @@ def score_table(results: Sequence[Mapping[str, Any]]) -> Table:
                 label if row == 0 else "",
                 name.replace("_", " ").removesuffix(" accuracy"),
                 spell(name, score),
-                " to ".join(spell(name, end) for end in result["intervals"].get(name, ())) or "-",
+                "–".join(spell(name, end) for end in result["intervals"].get(name, ())) or "-",
                 *(spell(name, scores[name]) if name in scores else "-" for scores in beside),
                 end_section=row == len(result["scores"]) - 1,
             )
