@@ -55,7 +55,7 @@ def _in_processes(function: Callable[..., T], tasks: Iterable[tuple[Any, ...]], 
 
 def _on_ray(function: Callable[..., T], tasks: Iterable[tuple[Any, ...]], workers: int) -> Iterator[T]:
     try:
-        import ray
+        import ray  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise ValueError("--engine ray needs the package ray: pip install 'mm[ray]'") from None
     mine = not ray.is_initialized()

@@ -91,7 +91,7 @@ def outside(python: Path, model: Path, folder: Path, out: Path) -> float:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("model", type=Path)
     parser.add_argument("environment", type=Path)
     parser.add_argument("--questions", type=int, help="only the first so many (default: all 9,673)")

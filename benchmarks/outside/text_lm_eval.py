@@ -155,7 +155,7 @@ def theirs(python: Path, kind: str, arguments: str, folder: Path) -> dict[str, d
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("model", type=Path)
     parser.add_argument("environment", type=Path)
     parser.add_argument("--questions", type=int, default=282)

@@ -34,6 +34,13 @@ class Letters:
         return ("<|end|>", "<|system|>", "<|user|>", "<|assistant|>").index(name)
 
 
+class Listed(list[Sample]):
+    """A sample set without shards."""
+
+    def locate(self, index: int) -> dict[str, Any]:
+        return {"shard": "", "offset": 0, "key": self[index].key}
+
+
 class Model(torch.nn.Module):
     """As much of a model as the data side asks for."""
 
@@ -200,7 +207,8 @@ def test_validation_reads_each_sample_once_over_all_ranks(shards: dict[str, Data
 
 
 def test_validation_reads_its_sets_one_after_another() -> None:
-    both = EvalSamples({"a": samples("a", 3), "b": samples("b", 2)})
+    both = EvalSamples({"a": Listed(samples("a", 3)), "b": Listed(samples("b", 2))})
+    assert both.locate(3)["key"] == "b00"
     assert [both[place].key for place in range(len(both))] == ["a00", "a01", "a02", "b00", "b01"]
     with pytest.raises(IndexError):
         both[5]

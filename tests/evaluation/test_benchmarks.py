@@ -242,7 +242,8 @@ def test_vqav2_submission_is_scored_officially_as_here(vqa_files):
     [(name, rows)] = benchmark.submission(records).items()
     assert name == "q_results.json"
     assert rows == [{"question_id": 42000, "answer": "Blue."}, {"question_id": 42001, "answer": "yes"}]
-    official = vqa.evaluate(*(json.loads((vqa_files / f).read_text()) for f in ("q.json", "a.json")), rows)
+    questions, annotations = (json.loads((vqa_files / f).read_text()) for f in ("q.json", "a.json"))
+    official = vqa.evaluate(questions, annotations, rows)
     assert benchmark.aggregate(records)["accuracy"] == pytest.approx(official["overall"] / 100)
 
 

@@ -76,6 +76,6 @@ def test_missing_runs_and_benchmarks_are_named(runs, tmp_path, capsys):
     with pytest.raises(ValueError, match="no results of an evaluation"):
         compare(runs[0], tmp_path / "nowhere")
     with pytest.raises(ValueError, match="no result of 'mmmu'; there is colors"):
-        compare(*runs, ["mmmu"])
+        compare(runs[0], runs[1], ["mmmu"])
     assert cli.main(["compare", str(runs[0]), str(tmp_path / "c")]) == 2
     assert capsys.readouterr().err.count("\n") == 1

@@ -25,9 +25,9 @@ def cider_bleu(references: Sequence[Sequence[str]], hypotheses: Sequence[str]) -
         if not texts:
             raise ValueError(f"image {image} has no reference captions")
     try:
-        from pycocoevalcap.bleu.bleu import Bleu
-        from pycocoevalcap.cider.cider import Cider
-        from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
+        from pycocoevalcap.bleu.bleu import Bleu  # pyright: ignore[reportMissingImports]
+        from pycocoevalcap.cider.cider import Cider  # pyright: ignore[reportMissingImports]
+        from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise RuntimeError(f"captions are scored with pycocoevalcap: pip install 'mm[captions]' ({error})") from error
     if shutil.which("java") is None:

@@ -94,12 +94,12 @@ def java():
 def test_cider_bleu(case, java):
     found = cider_bleu(case["references"], case["hypotheses"])
     expected = case["expected"]
-    tolerance = {"rel": 1e-12, "abs": 1e-300}  # the file's own
-    assert found["cider"] == pytest.approx(expected["cider"], **tolerance)
-    assert found["cider_per_image"] == pytest.approx(expected["cider_per_image"], **tolerance)
-    assert [found[f"bleu{n}"] for n in range(1, 5)] == pytest.approx(expected["bleu1_4"], **tolerance)
+    rel, least = 1e-12, 1e-300  # the file's own
+    assert found["cider"] == pytest.approx(expected["cider"], rel=rel, abs=least)
+    assert found["cider_per_image"] == pytest.approx(expected["cider_per_image"], rel=rel, abs=least)
+    assert [found[f"bleu{n}"] for n in range(1, 5)] == pytest.approx(expected["bleu1_4"], rel=rel, abs=least)
     for ours, theirs in zip(found["bleu_per_image"], expected["bleu_per_image"], strict=True):
-        assert ours == pytest.approx(theirs, **tolerance)
+        assert ours == pytest.approx(theirs, rel=rel, abs=least)
 
 
 def test_captions_without_their_tools(monkeypatch):
