@@ -18,7 +18,7 @@ demo: venv
 	$(BIN)/python -m mm.demo $(ARGS)
 
 test: venv
-	$(BIN)/python -m pytest --cov --cov-report=term
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal --cov --cov-report=term
 
 lint: venv
 	$(BIN)/ruff check .

@@ -7,6 +7,7 @@ first sample, and a loader that counts what it hands out is not where training i
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -129,6 +130,7 @@ class StreamingDataModule(LightningDataModule):
         self.counts: Counter[str] = Counter()
         self._sets: dict[str, ShardDataset] = {}
         self._reader: Reader | None = None
+        self._loader: weakref.ref[TrainLoader] | None = None
         self._resumed: dict[str, Any] | None = None
         self._origin = (0, 0)  # batch and sample at which this run, or the one that it resumes, set out
         self._quarantine = Quarantine(None, self.reading.max_bad)
@@ -145,7 +147,9 @@ class StreamingDataModule(LightningDataModule):
         length = -(-(self.epoch_samples or len(mixture)) // self.samples_per_batch)
         self._quarantine = Quarantine(self._run_file(QUARANTINE), self.reading.max_bad)
         options = {"workers": self.workers, "prefetch": self.reading.prefetch, "note": self._note}
-        return TrainLoader(batches, length, position=self.position, **options)
+        loader = TrainLoader(batches, length, position=self.position, **options)
+        self._loader = weakref.ref(loader)  # weakly, as it refers to this module
+        return loader
 
     def val_dataloader(self) -> BatchLoader | list[Any]:
         if not self.val:
@@ -159,6 +163,13 @@ class StreamingDataModule(LightningDataModule):
 
         length = -(-len(samples) // self.samples_per_batch)
         return BatchLoader(batches, length, self.workers, self.reading.prefetch, note)
+
+    def teardown(self, stage: str) -> None:
+        if stage == "fit":
+            self._end_workers()
+
+    def on_exception(self, exception: BaseException) -> None:
+        self._end_workers()
 
     def position(self) -> tuple[int, int]:
         """Batches whose step has ended: in the whole run, and in the epoch that is under way."""
@@ -197,6 +208,11 @@ class StreamingDataModule(LightningDataModule):
         """Settings that are not those of a checkpoint's state, but for `allow_change`: "data.KEY" -> (then, now)."""
         then, now = flatten(state["settings"], "data"), flatten(self._settings(), "data")
         return differing(then, now, self.allow_change)
+
+    def _end_workers(self) -> None:
+        loader = self._loader and self._loader()
+        if loader is not None:
+            loader.close()
 
     def _check_resume(self) -> None:
         if self._resumed is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import torch
@@ -32,24 +32,8 @@ class BatchLoader:
             self.note(batch)
             yield batch
 
-    def _open(self, numbers: range) -> Iterator[PackedBatch]:
-        # A generator of its own: a loader draws its workers' seed when it is opened, and a resumed run opens it at
-        # other moments than an unbroken one; the global generator would not be where it was.
-        loader = DataLoader(
-            self.batches,
-            batch_size=None,
-            sampler=numbers,
-            num_workers=self.workers,
-            prefetch_factor=self.prefetch if self.workers else None,
-            generator=torch.Generator(),
-        )
-        try:
-            yield from loader
-        except ValueError as error:
-            if not str(error).startswith("Caught "):
-                raise
-            # From a worker: PyTorch makes the whole traceback a part of the message.
-            raise type(error)(str(error).strip().splitlines()[-1].split(": ", 1)[-1]) from error
+    def _open(self, numbers: range) -> Generator[PackedBatch, None, None]:
+        return _read(self.batches, numbers, self.workers, self.prefetch)
 
 
 class TrainLoader(BatchLoader):
@@ -64,12 +48,13 @@ class TrainLoader(BatchLoader):
     def __init__(self, *arguments: Any, position: Callable[[], tuple[int, int]], **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.position = position
-        self._stream: Iterator[PackedBatch] = iter(())
+        self._stream = self._open(range(0))
         self._next: int | None = None  # number of the batch that `_stream` gives next
 
     def __iter__(self) -> Iterator[PackedBatch]:
         done, done_in_epoch = self.position()
         if self._next != done:
+            self._stream.close()
             self._stream = self._open(range(done, 2**62))
         for number in range(done, done + self.length - done_in_epoch):
             batch = next(self._stream)
@@ -83,3 +68,30 @@ class TrainLoader(BatchLoader):
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Nothing to do: the trainer's counters are restored, and `position` reads those."""
+
+    def close(self) -> None:
+        """Ends the workers."""
+        self._stream.close()
+        self._next = None
+
+
+def _read(batches: Batches, numbers: range, workers: int, prefetch: int) -> Generator[PackedBatch, None, None]:
+    # Refers to no loader, so that no cycle keeps it: PyTorch's iterator ends its workers at once when its last
+    # reference goes, but waits five seconds for each of them when the garbage collector finds it.
+    loader = DataLoader(
+        batches,
+        batch_size=None,
+        sampler=numbers,
+        num_workers=workers,
+        prefetch_factor=prefetch if workers else None,
+        # Of its own: a loader draws its workers' seed when it is opened, and a resumed run opens it at other moments
+        # than an unbroken one; the global generator would not be where it was.
+        generator=torch.Generator(),
+    )
+    try:
+        yield from loader
+    except ValueError as error:
+        if not str(error).startswith("Caught "):
+            raise
+        # From a worker: PyTorch makes the whole traceback a part of the message.
+        raise type(error)(str(error).strip().splitlines()[-1].split(": ", 1)[-1]) from error

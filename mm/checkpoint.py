@@ -83,7 +83,10 @@ def load(path: str | Path) -> MultimodalModel:
     config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
     if isinstance(config["init_args"]["tokenizer"], str):
         config["init_args"]["tokenizer"] = str(path / "tokenizer.json")
-    model = build(config, MultimodalModel)
+    try:
+        model = build(config, MultimodalModel)
+    except ValueError as error:
+        raise ValueError(f"{path / 'config.yaml'}: {error}") from error
     model.config = config
     if (path / "family.json").is_file():
         model.origin = json.loads((path / "family.json").read_bytes())

@@ -9,6 +9,7 @@ import jsonargparse
 import yaml
 
 from mm.allowlist import allow_imports
+from mm.config_errors import shorten
 
 _T = TypeVar("_T")
 
@@ -32,4 +33,5 @@ def _parse(config: dict[str, Any], base: type) -> tuple[jsonargparse.ArgumentPar
     try:
         return parser, parser.parse_object({"part": copy.deepcopy(config)})  # the parser writes into what it reads
     except (jsonargparse.ArgumentError, ValueError, TypeError) as error:
-        raise ValueError(f"{config.get('class_path', base.__name__)}: {error}") from error
+        reason = shorten(getattr(error, "message", str(error))).removeprefix("part.").removeprefix("part: ")
+        raise ValueError(f"{config.get('class_path', base.__name__)}: {reason}") from error

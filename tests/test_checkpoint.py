@@ -260,6 +260,15 @@ def test_without_weights(saved: Path) -> None:
     assert refused(saved) == f"{saved}: no model.safetensors and no model.safetensors.index.json"
 
 
+def test_a_config_that_does_not_fit_is_named_with_the_key(saved: Path) -> None:
+    config = yaml.safe_load((saved / "config.yaml").read_text())
+    config["init_args"]["decoder"]["init_args"]["norm_epz"] = 1.0
+    (saved / "config.yaml").write_text(yaml.safe_dump(config))
+    sign(saved)
+    reason = "mm.model.MultimodalModel: decoder: Option 'norm_epz' is not accepted"
+    assert refused(saved) == f"{saved / 'config.yaml'}: {reason}"
+
+
 def test_a_strangers_config_runs_no_code(saved: Path, tmp_path: Path) -> None:
     config = yaml.safe_load((saved / "config.yaml").read_text())
     proof = tmp_path / "proof"

@@ -19,12 +19,13 @@ TYPES = {"mm.types"}
 STAGES = {"mm.tokenizers", "mm.encoders", "mm.fusion", "mm.decoder"}
 NETWORK = TYPES | STAGES | {"mm.parts", "mm.model", "mm.pretrained", "mm.checkpoint"}
 USES = NETWORK | {"mm.datasets"}
-RUNS = USES | {"mm.objectives", "mm.generation", "mm.allowlist", "mm.info"}
+RUNS = USES | {"mm.objectives", "mm.generation", "mm.allowlist", "mm.config_errors", "mm.info"}
 ALLOWED: dict[str, set[str]] = {
     "mm": set(),
     "mm.types": set(),
     "mm.allowlist": set(),
-    "mm.parts": {"mm.allowlist"},
+    "mm.config_errors": {"mm.allowlist"},
+    "mm.parts": {"mm.allowlist", "mm.config_errors"},
     "mm.tokenizers": TYPES,
     "mm.encoders": TYPES,
     "mm.fusion": TYPES,
