@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
+from mm.fusion.places import fourier
 from mm.types import Bridge, Grid, Reduction, Tokens
 
 
@@ -32,10 +33,11 @@ class MLPProjector(Bridge):
     merge of Qwen2-VL, arXiv:2409.12191), which quarters the tokens at (1, 2, 2). Where a grid is not divisible the
     missing neighbours are zeros. `hidden` is the middle width (default: out_dim). `norm` puts a LayerNorm before (as
     InternVL has) and after: an encoder's features share a large common part, which hides what tells them apart from a
-    decoder that learns from scratch.
+    decoder that learns from scratch. `bands` adds so many Fourier features of the place in the grid: the frames of a
+    video pass through an image encoder one by one, and nothing else in a feature says which frame it is of.
 
     (M, N, in_dim) -> (M, N', out_dim) with grid' = ceil(grid / shuffle).
-    Raises ValueError for a shuffle below 1.
+    Raises ValueError for a shuffle below 1 or `bands` below 0.
     """
 
     def __init__(
@@ -45,22 +47,28 @@ class MLPProjector(Bridge):
         shuffle: tuple[int, int, int] = (1, 1, 1),
         hidden: int | None = None,
         norm: bool = False,
+        bands: int = 0,
     ) -> None:
         super().__init__()
         t, h, w = shuffle
         if min(t, h, w) < 1:
             raise ValueError(f"shuffle must be three numbers (t, h, w) of at least 1, got {tuple(shuffle)}")
+        if bands < 0:
+            raise ValueError(f"bands must be at least 0, got {bands}")
+        self.bands = bands
         self.reduction = Reduction((t, h, w))
         merged = in_dim * t * h * w
         self.norm_in = nn.LayerNorm(merged) if norm else nn.Identity()
-        self.up = nn.Linear(merged, hidden or out_dim)
+        self.up = nn.Linear(merged + 6 * bands, hidden or out_dim)
         self.down = nn.Linear(hidden or out_dim, out_dim)
         self.norm_out = nn.LayerNorm(out_dim) if norm else nn.Identity()
 
     def forward(self, tokens: Tokens) -> Tokens:
         tokens = merge(tokens, self.reduction)
-        x = tokens.values.to(self.up.weight.dtype)
-        return tokens.with_values(self.norm_out(self.down(nnf.gelu(self.up(self.norm_in(x))))))
+        x = self.norm_in(tokens.values.to(self.up.weight.dtype))
+        if self.bands:
+            x = torch.cat([x, fourier(tokens, self.bands).to(x.dtype)], dim=-1)
+        return tokens.with_values(self.norm_out(self.down(nnf.gelu(self.up(x)))))
 
 
 def merge(tokens: Tokens, reduction: Reduction) -> Tokens:

@@ -5,12 +5,11 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mm.fusion.places import fourier
 from mm.types import Bridge, Reduction, Tokens
 
 
@@ -84,11 +83,3 @@ class ResamplerLayer(nn.Module):
         read = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
         latents = latents + self.out(read)
         return latents + self.mlp(latents)
-
-
-def fourier(tokens: Tokens, bands: int) -> Tensor:
-    """(M, N, 6 * bands) float32: sin and cos of pi, 2 pi, ... bands pi times the place in [-1, 1] on each axis."""
-    place = (2 * tokens.positions + 1) / tokens.grid[:, None] - 1  # the middle of a cell
-    frequencies = torch.arange(1, bands + 1, device=place.device) * math.pi
-    angles = (place[..., None] * frequencies).flatten(-2)
-    return torch.cat([angles.sin(), angles.cos()], dim=-1)

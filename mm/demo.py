@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import platform
 import shlex
 import shutil
@@ -81,12 +80,12 @@ class Demo:
     fit_options: list[str]
     stages: list[dict[str, Any]] = field(default_factory=list)
 
-    def run(self, title: str, *command: str, capture: bool = False, environment: dict[str, str] | None = None) -> str:
+    def run(self, title: str, *command: str, capture: bool = False) -> str:
         """One command, its output shown, or captured and returned."""
         self.announce(title, command)
         start = time.perf_counter()
         pipe = subprocess.PIPE if capture else None
-        done = subprocess.run([*MM, *command], text=True, stdout=pipe, env=os.environ | (environment or {}))
+        done = subprocess.run([*MM, *command], text=True, stdout=pipe)
         self.note(title, command, done.returncode, time.perf_counter() - start)
         return (done.stdout or "").strip()
 
@@ -129,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     demo.run("Text tokenizer", "tokenizer", *trained_on, "--out", str(RUN / "tokenizer"), "--vocab-size", "1500")
     for title, config in (("Alignment", "align"), ("Instruction tuning", "instruct")):
         fit = ("fit", "--config", f"configs/demo/{config}.yaml", *demo.fit_options)
-        demo.run(title, *fit, environment=leave_a_core())
+        demo.run(title, *fit)
     demo.run("Evaluation with controls", "validate", "--config", "configs/demo/evaluate.yaml")
     answers = chat(demo)
     summary = summarise(demo, answers)
@@ -138,15 +137,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     demo.run("Report", "report", str(RUN))
     show(demo.console, summary)
     return 0
-
-
-def leave_a_core() -> dict[str, str]:
-    """OMP_NUM_THREADS for training, unless it is set: every core but one, which the loader's worker needs.
-
-    Threads wait for one another: on two cores, two beside a worker make a step a quarter longer than one does.
-    """
-    cores = len(os.sched_getaffinity(0))
-    return {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores - 1)))}
 
 
 def chat(demo: Demo) -> list[dict[str, str]]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from torch.utils.data import DataLoader, IterableDataset
@@ -111,21 +112,21 @@ def score_table(results: Sequence[Mapping[str, Any]]) -> Table:
     Fractions are shown in percent, other scores (perplexities, recalls) as they are.
     """
     controls = list(dict.fromkeys(name for result in results for name in result["controls"]))
-    table = Table(title="Scores (fractions in percent)")
+    table = Table(title="Scores (fractions in percent)", box=SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False)
     for heading in ("benchmark", "score"):
         table.add_column(heading, no_wrap=True)
-    table.add_column("model", justify="right")
-    table.add_column("95 %", justify="right", no_wrap=True)
-    for heading in ("random choice", *(name.replace("_", " ") for name in controls)):
+    for heading in ("model", "95 %"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for heading in ("chance", *(name.replace("_", " ") for name in controls)):
         table.add_column(heading, justify="right")
     for result in results:
-        label = f"{result['benchmark']} ({result['n']:,})"
+        labels = [str(result["benchmark"]), f"n = {result['n']:,}"]
         if not result["scores"]:
-            table.add_row(label, "answers hidden: see its submission folder", *["-"] * (3 + len(controls)))
+            table.add_row(" ".join(labels), "answers hidden: see its submission folder", *["-"] * (3 + len(controls)))
         for row, (name, score) in enumerate(result["scores"].items()):
             beside = [result["chance"], *(result["controls"].get(control, {}) for control in controls)]
             table.add_row(
-                label if row == 0 else "",
+                " ".join(labels) if len(result["scores"]) == 1 else labels[row] if row < 2 else "",
                 name.replace("_", " ").removesuffix(" accuracy"),
                 spell(name, score),
                 "–".join(spell(name, end) for end in result["intervals"].get(name, ())) or "-",

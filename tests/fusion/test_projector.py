@@ -56,6 +56,16 @@ def test_widths() -> None:
     assert LinearProjector(3, 8).linear.weight.shape == (8, 3)
 
 
+def test_places_tell_equal_features_apart() -> None:
+    grid = (3, 1, 2)
+    equal = Tokens.stack([Tokens.of_grid(torch.ones(6, 4), grid), Tokens.of_grid(torch.ones(6, 4), grid)])
+    plain, placed = MLPProjector(4, 8, norm=True)(equal).values, MLPProjector(4, 8, norm=True, bands=2)(equal).values
+    assert torch.equal(plain, plain[:, :1].expand_as(plain))
+    assert len(placed[0].unique(dim=0)) == 6 and torch.equal(placed[0], placed[1])
+    with pytest.raises(ValueError, match="bands must be at least 0, got -1"):
+        MLPProjector(4, 8, bands=-1)
+
+
 def test_a_shuffle_of_zero_is_refused() -> None:
     with pytest.raises(ValueError, match=r"shuffle must be three numbers .* got \(1, 0, 2\)"):
         MLPProjector(3, 8, shuffle=(1, 0, 2))
