@@ -78,6 +78,13 @@ class OpenClipEncoder(ImageTower):
             images, indices=[self.tap], normalize_intermediates=self.norm, stop_early=True, intermediates_only=True
         )["image_intermediates"][0]
 
+    def saved(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """With the normalisation spelled out, which may have been read from a file beside the weights."""
+        arguments = super().saved(arguments)
+        if arguments.get("tag") is not None:
+            return arguments
+        return arguments | {"mean": self.mean.flatten().tolist(), "std": self.std.flatten().tolist()}
+
 
 def preprocessing(
     name: str, weights: str | None, tag: str | None, mean: Seq[float] | None, std: Seq[float] | None

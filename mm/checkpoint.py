@@ -8,6 +8,7 @@ Files are written beside their final name, synced and renamed, the manifest last
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -41,7 +42,13 @@ def save(model: MultimodalModel, path: str | Path) -> None:
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     (path / "manifest.json").unlink(missing_ok=True)
-    arguments = dict(model.config["init_args"], **({"tokenizer": "tokenizer.json"} if model.tokenizer.has_text else {}))
+    arguments = copy.deepcopy(model.config["init_args"])
+    if model.tokenizer.has_text:
+        arguments["tokenizer"] = "tokenizer.json"
+    for kind, tower in (arguments.get("towers") or {}).items():
+        encoder = tower.get("init_args", tower).get("encoder")
+        if encoder and "init_args" in encoder:
+            encoder["init_args"] = model.tower(kind).encoder.saved(encoder["init_args"])
     config = {"class_path": model.config["class_path"], "init_args": arguments}
     files = {name: write_atomically(path / name, data) for name, data in _weight_files(model)}
     for stale in set(path.glob("model*.safetensors*")) - {path / name for name in files}:

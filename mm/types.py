@@ -186,6 +186,10 @@ class Encoder(nn.Module):
     def forward(self, tokens: Tokens) -> Tokens:  # pragma: no cover - interface
         raise NotImplementedError
 
+    def saved(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """The arguments that rebuild it, to be filled from a saved model: no weights file is read again."""
+        return arguments | {"weights": None} if "weights" in arguments else arguments
+
 
 class Bridge(nn.Module):
     """Tokens (M, N, in_dim) -> Tokens (M, N', out_dim). Built by its parent with the two widths first.

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 import yaml
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 import mm
 from mm import checkpoint
@@ -138,6 +140,28 @@ def test_what_is_shared_is_stored_once_and_comes_back_shared(model: MultimodalMo
     loaded = mm.load(saved)
     assert loaded.decoder.head.weight is loaded.decoder.embed.weight
     assert loaded.tower("video").encoder is loaded.tower("image").encoder
+
+
+def test_the_file_that_an_encoder_started_from_is_not_needed_again(tokenizer: Path, tmp_path: Path) -> None:
+    weights = tmp_path / "resnet.safetensors"
+    save_file(timm.create_model("test_resnet").state_dict(), weights)
+    config = yaml.safe_load(CONFIG)
+    config["init_args"]["tokenizer"] = str(tokenizer)
+    config["init_args"]["towers"]["image"] |= {
+        "tokenizer": {"class_path": "mm.tokenizers.image.ImageTokenizer", "init_args": {"patch": 16}},
+        "encoder": {
+            "class_path": "mm.encoders.timm_vision.TimmEncoder",
+            "init_args": {"name": "test_resnet", "weights": str(weights), "layer": -2},
+        },
+    }
+    del config["init_args"]["towers"]["video"]
+    model = build(config, MultimodalModel)
+    model.config = config
+    checkpoint.save(model, tmp_path / "model")
+    weights.unlink()
+    found = checkpoint.load(tmp_path / "model").state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in model.state_dict().items())
+    assert config["init_args"]["towers"]["image"]["encoder"]["init_args"]["weights"] == str(weights)
 
 
 def test_large_weights_are_sharded(model: MultimodalModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,6 +69,9 @@ def test_unknown_preprocessing_is_refused_and_not_guessed(name: str, weights: st
     encoder = OpenClipEncoder(DIM, name, weights)
     torch.testing.assert_close(encoder.mean.flatten(), torch.full((3,), 0.1))
     torch.testing.assert_close(encoder.std.flatten(), torch.full((3,), 0.2))
+    again = OpenClipEncoder(DIM, **encoder.saved({"name": name, "weights": weights}))  # without either file
+    assert torch.equal(again.mean, encoder.mean) and torch.equal(again.std, encoder.std)
+    assert encoder.saved({"name": name, "weights": weights, "tag": "openai"})["tag"] == "openai"
 
 
 def test_a_tag_says_mean_std_and_activation() -> None:
