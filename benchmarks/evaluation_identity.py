@@ -86,7 +86,7 @@ def said(out: Path, benchmark: str) -> dict[str, Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("model", type=Path, help="a model directory, such as runs/demo/model")
+    parser.add_argument("model", type=Path, nargs="?", default=Path("runs/demo/model"), help="a model directory")
     parser.add_argument("--benchmark", default="easy_vqa")
     parser.add_argument("--questions", type=int, default=200)
     parser.add_argument("--kills", type=int, default=5)

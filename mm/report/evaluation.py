@@ -62,7 +62,7 @@ def score_charts(bench: Benchmark) -> list[Drawing]:
 def bar_chart(bars: Sequence[Bar], label: str) -> Markup:
     """Horizontal bars on an axis from 0 to 1."""
     height = ROW * len(bars) + 20
-    axis = Axis(0.0, 1.0, LABEL, WIDTH - 34)
+    axis = Axis(0.0, 1.0, LABEL, WIDTH - 46)
     parts = []
     for tick in (0.0, 0.25, 0.5, 0.75, 1.0):
         grid = Markup('<path class="grid" d="M{:.1f} 0V{}"/><text x="{:.1f}" y="{}" class="mid soft">{:.0f}%</text>')
@@ -101,11 +101,11 @@ def _bar(bar: Bar, top: float, axis: Axis) -> Markup:
 
 def reliability(bins: Sequence[dict[str, Any]], label: str) -> Markup:
     """Accuracy (up) against confidence (right), a point a bin; on the dashed line a model is as right as it is sure."""
-    x_axis, y_axis = Axis(0.0, 1.0, 40, WIDTH - 10), Axis(0.0, 1.0, HEIGHT - 32, 10)
+    x_axis, y_axis = Axis(0.0, 1.0, 40, WIDTH - 18), Axis(0.0, 1.0, HEIGHT - 32, 10)
     parts = []
     for tick in (0.0, 0.5, 1.0):
         line = Markup('<path class="grid" d="M40 {:.1f}H{}"/><text x="35" y="{:.1f}" class="end">{:.0f}%</text>')
-        parts.append(line.format(y_axis(tick), WIDTH - 10, y_axis(tick) + 3.5, 100 * tick))
+        parts.append(line.format(y_axis(tick), WIDTH - 18, y_axis(tick) + 3.5, 100 * tick))
         under = Markup('<text x="{:.1f}" y="{}" class="mid">{:.0f}%</text>')
         parts.append(under.format(x_axis(tick), HEIGHT - 18, 100 * tick))
     diagonal = Markup('<path class="mark" d="M{:.1f} {:.1f}L{:.1f} {:.1f}"/>')

@@ -53,6 +53,7 @@ class StageView:
     stage: Stage
     speed: str
     curves: list[Chart]
+    once: list[tuple[str, str]]  # what was measured at one step only, with its value
     routing: list[Chart]
     top: float
 
@@ -144,11 +145,15 @@ def view(stage: Stage) -> StageView:
     lately = _recent_loads(stage)
     shares = [max(load) * len(load) / sum(load) for loads in lately.values() for load in loads.values()]
     top = max([2.0, *shares])
-    return StageView(stage, throughput(stage), stage_charts(stage), routing_charts(stage, lately, top), top)
+    curves, once = stage_charts(stage)
+    return StageView(stage, throughput(stage), curves, once, routing_charts(stage, lately, top), top)
 
 
-def stage_charts(stage: Stage) -> list[Chart]:
-    """The loss, its parts, the other scores of training and validation, and the learning rate."""
+def stage_charts(stage: Stage) -> tuple[list[Chart], list[tuple[str, str]]]:
+    """The loss, its parts, the other scores of training and validation, and the learning rate.
+
+    What was measured once has no curve: its names and values are given apart.
+    """
     plain = {name.removesuffix("_step"): curve for name, curve in stage.curves.items() if not name.endswith("_epoch")}
     groups: dict[str, dict[str, Curve]] = {}
     for name, curve in plain.items():
@@ -160,11 +165,15 @@ def stage_charts(stage: Stage) -> list[Chart]:
             else "Learning rate" if leaf.startswith("lr")
             else "Parts of the loss" if "loss" in leaf
             else "Recall" if leaf.startswith("recall")
-            else leaf.replace("_", " ").capitalize()
+            else name.partition("/")[2].replace("/", ": ").replace("_", " ").capitalize() or leaf.capitalize()
         )  # fmt: skip
         groups.setdefault(heading, {})[name] = curve
-    order = sorted(groups, key=lambda heading: (heading != "Loss", heading == "Learning rate"))
-    return [_chart(heading, groups[heading], f"{heading} of {stage.name}") for heading in order]
+    drawn = {heading for heading, curves in groups.items() if any(len(curve) > 1 for curve in curves.values())}
+    order = sorted(
+        drawn, key=lambda heading: (heading != "Loss", heading == "Learning rate", list(groups).index(heading))
+    )
+    once = [value for heading, curves in groups.items() if heading not in drawn for value in _last_values(curves)]
+    return [_chart(heading, groups[heading], f"{heading} of {stage.name}") for heading in order], once
 
 
 def throughput(stage: Stage) -> str:

@@ -15,7 +15,7 @@ from markupsafe import Markup
 from mm.report.run import Curve
 
 WIDTH, HEIGHT = 360, 210
-LEFT, RIGHT, TOP, BOTTOM = 40, 8, 10, 32
+LEFT, RIGHT, TOP, BOTTOM = 50, 8, 10, 32
 STRIPS = 48  # invisible columns that carry the tooltips of a line chart
 LOG_FROM = 30  # a range of values this wide is drawn on a logarithmic axis
 
