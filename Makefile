@@ -1,6 +1,6 @@
 # make demo    the whole path on this machine: data, two training stages, scores with controls, a chat, a report
 #              (ARGS="--trainer.accelerator gpu --trainer.precision bf16-mixed" trains on a GPU)
-# make test    the default tests with coverage          make lint    ruff and pyright
+# make test    the default tests (COVERAGE=1: and how much of the code they run)    make lint    ruff and pyright
 # make bench   all measurements of benchmarks/ (hours)  make clean-demo   removes what `make demo` made
 #
 # Each makes .venv first if it is missing, or older than what it is made from. Another Python: make PYTHON=python3.12
@@ -18,7 +18,7 @@ demo: venv
 	$(BIN)/python -m mm.demo $(ARGS)
 
 test: venv
-	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal --cov --cov-report=term
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal $(if $(COVERAGE),--cov --cov-report=term)
 
 lint: venv
 	$(BIN)/ruff check .

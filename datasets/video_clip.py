@@ -196,9 +196,11 @@ def codec_errors(label: str, why: str) -> Iterator[None]:
     """Whatever a codec raises on damaged bytes, as a MediaError `label why (what it said)` of one line."""
     try:
         yield
-    except (MediaError, MemoryError):
+    except MediaError:
         raise
     except Exception as error:  # OSError, SyntaxError, struct.error, IndexError, ...: they differ by codec
+        if isinstance(error, MemoryError) and not hasattr(error, "errno"):
+            raise  # the machine's, not that of FFmpeg, which so refuses the sizes that a damaged header asks for
         said = getattr(error, "strerror", None) or str(error) or type(error).__name__
         said = " ".join(said.split())
         raise MediaError(f"{label} {why} ({said})") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import struct
 import warnings
@@ -17,7 +18,7 @@ import torch
 from PIL import Image
 
 from mm.datasets.decode import decode, decode_image
-from mm.datasets.video_clip import VideoClip
+from mm.datasets.video_clip import VideoClip, codec_errors
 from mm.tokenizers.image import ImageTokenizer
 from mm.types import Clip, Kind, Media, MediaError, Waveform
 
@@ -362,6 +363,16 @@ def test_damaged_frames_are_a_media_error_or_are_concealed(tmp_path: Path) -> No
     start = data.index(b"mdat") + 8
     data[start:] = bytes(len(data) - start)
     assert_refused("video", bytes(data), "damaged")
+
+
+def test_what_ffmpeg_will_not_allocate_is_a_damaged_file_and_what_the_machine_cannot_is_not() -> None:
+    with (
+        pytest.raises(MediaError, match=r"a\.mov is damaged \(Cannot allocate memory\)"),
+        codec_errors("a.mov", "is damaged"),
+    ):
+        raise av.error.MemoryError(errno.ENOMEM, "Cannot allocate memory")
+    with pytest.raises(MemoryError, match="^the machine's$"), codec_errors("a.mov", "is damaged"):
+        raise MemoryError("the machine's")
 
 
 def test_a_playlist_cannot_open_other_files(tmp_path: Path) -> None:
