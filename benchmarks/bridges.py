@@ -33,7 +33,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "resampler": {
         "bridge": {
             "class_path": "mm.fusion.resampler.PerceiverResampler",
-            "init_args": {"queries": 16, "layers": 1, "heads": 8},
+            "init_args": {"queries": 16, "layers": 1, "heads": 8, "norm": True},
         }
     },
     "cross_attention": {"bridge": {"class_path": "mm.fusion.cross_attention.GatedCrossAttentionBridge"}},

@@ -19,27 +19,36 @@ class PerceiverResampler(Bridge):
     `queries` learned latents read the media in `layers` rounds of cross-attention and GELU MLP; keys and values are
     the media and the latents together. The media carry Fourier features of their place in the grid, as in Perceiver
     (Jaegle et al. 2021, arXiv:2103.03206, section 3.2): without them a set of raw patches would lose its layout.
+    `norm` puts a LayerNorm before all else, as in `MLPProjector`.
 
     (M, N, in_dim) -> (M, queries, out_dim), grid (queries, 1, 1), nothing padded.
     Raises ValueError if `heads` does not divide `out_dim` or `queries` is below 1.
     """
 
     def __init__(
-        self, in_dim: int, out_dim: int, queries: int = 64, layers: int = 2, heads: int = 8, bands: int = 16
+        self,
+        in_dim: int,
+        out_dim: int,
+        queries: int = 64,
+        layers: int = 2,
+        heads: int = 8,
+        bands: int = 16,
+        norm: bool = False,
     ) -> None:
         super().__init__()
         if queries < 1:
             raise ValueError(f"queries must be at least 1, got {queries}")
         self.reduction = Reduction(fixed=queries)
         self.bands = bands
+        self.norm_in = nn.LayerNorm(in_dim) if norm else nn.Identity()
         self.embed = nn.Linear(in_dim + 6 * bands, out_dim)
         self.latents = nn.Parameter(torch.randn(queries, out_dim) * 0.02)
         self.layers = nn.ModuleList(ResamplerLayer(out_dim, heads) for _ in range(layers))
         self.norm = nn.LayerNorm(out_dim)
 
     def forward(self, tokens: Tokens) -> Tokens:
-        x = torch.cat([tokens.values, fourier(tokens, self.bands).to(tokens.values.dtype)], dim=-1)
-        media = self.embed(x.to(self.embed.weight.dtype))
+        x = self.norm_in(tokens.values.to(self.embed.weight.dtype))
+        media = self.embed(torch.cat([x, fourier(tokens, self.bands).to(x.dtype)], dim=-1))
         mask = self.key_mask(tokens.mask)
         latents = self.latents.expand(len(media), -1, -1)
         for layer in self.layers:

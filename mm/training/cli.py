@@ -175,8 +175,10 @@ def _own_options() -> argparse.ArgumentParser:
 
 
 def _quieten() -> None:
-    """Drops what says nothing about the run: Lightning's advertisements, and its own use of deprecated names."""
+    """Drops what says nothing about the run: Lightning's advertisements, its own use of deprecated names, and that
+    there is no validation where none was asked for."""
     log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     log.addFilter(lambda record: "litlogger" not in record.getMessage() and "litmodels" not in record.getMessage())
-    for name in ("LeafSpec", "instantiate_classes", "JSONARGPARSE_DEPRECATION_WARNINGS"):
+    nothing = "Total length of `list` across ranks is zero"
+    for name in ("LeafSpec", "instantiate_classes", "JSONARGPARSE_DEPRECATION_WARNINGS", nothing):
         warnings.filterwarnings("ignore", message=rf"[\s\S]*{name}")
