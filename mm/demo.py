@@ -205,7 +205,10 @@ def _result(name: str) -> dict[str, Any]:
 
 def _last_row(metrics: Path, key: str) -> dict[str, str]:
     with open(metrics, newline="") as file:
-        return [row for row in csv.DictReader(file) if row.get(key)][-1]
+        rows = [row for row in csv.DictReader(file) if row.get(key)]
+    if not rows:
+        raise SystemExit(f"demo: {metrics} has no {key}: the stage was ended before it was validated")
+    return rows[-1]
 
 
 def _install_seconds() -> float:
