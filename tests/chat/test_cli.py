@@ -2,6 +2,7 @@
 
 import io
 import os
+import select
 import subprocess
 import sys
 import time
@@ -162,7 +163,8 @@ def test_a_real_terminal(tmp_path, model_dir):
     import pty
 
     code = (
-        "import mm, sys, time\n"
+        "import mm, signal, sys, time\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs ignore Ctrl-C
         "from mm.cli import main\n"
         "from mm.generation.testing import ScriptedModel\n"
         "from mm.tokenizers.text import TextTokenizer\n"
@@ -182,7 +184,8 @@ def test_a_real_terminal(tmp_path, model_dir):
         nonlocal seen
         deadline = time.monotonic() + 60
         while text not in seen:
-            assert time.monotonic() < deadline, seen[-2000:]
+            left = deadline - time.monotonic()
+            assert left > 0 and select.select([terminal], [], [], left)[0], seen[-2000:]
             seen += os.read(terminal, 65536).decode(errors="replace")
         seen = seen[seen.index(text) + len(text) :]
 
