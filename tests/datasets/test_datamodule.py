@@ -5,6 +5,8 @@ from __future__ import annotations
 import collections
 import dataclasses
 import io
+import multiprocessing
+import time
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +180,26 @@ def test_loading_leaves_the_global_generator_alone(shards: dict[str, DataSet], w
     before = torch.get_rng_state()
     next(iter(data(shards, workers=workers).train_dataloader()))
     assert torch.equal(torch.get_rng_state(), before)  # else dropout after a resume would not be what it was
+
+
+@pytest.mark.parametrize("end", ["teardown", "exception", "dropped"])
+def test_workers_end_at_once(shards: dict[str, DataSet], end: str) -> None:
+    before = set(multiprocessing.active_children())
+    module = data(shards, workers=2)
+    stream = iter(module.train_dataloader())
+    next(stream)
+    workers = set(multiprocessing.active_children()) - before
+    assert len(workers) == 2
+    start = time.monotonic()
+    if end == "teardown":
+        module.teardown("fit")
+    elif end == "exception":
+        module.on_exception(KeyboardInterrupt())
+    else:
+        del stream
+    assert not any(worker.is_alive() for worker in workers)
+    # PyTorch waits 5 s for each worker that it cannot tell to end, and kills it then; told, they need milliseconds.
+    assert time.monotonic() - start < 4
 
 
 def test_ranks_share_a_batch_between_them(shards: dict[str, DataSet]) -> None:
