@@ -54,8 +54,7 @@ class PublishedTemplate(ChatTemplate):
     def end(self) -> str:
         raise ValueError(
             "a published template closes turns by ids (stop_ids), not by one special; where that is needed (questions "
-            "that "
-            "share media), set the model's template to mm.datasets.chat_template.ChatTemplate"
+            "that share media), set the model's template to mm.datasets.chat_template.ChatTemplate"
         )
 
     def stop_ids(self, tokenizer: Vocabulary) -> frozenset[int]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from mm.report.plots import HEIGHT, WIDTH, Axis, spell
+from mm.report.plots import HEIGHT, WIDTH, Axis, spell, svg
 from mm.report.run import Benchmark
 
 MAX_BARS = 40  # of one chart
@@ -54,8 +54,8 @@ def score_charts(bench: Benchmark) -> list[Drawing]:
         drawn.append((f"{bench.name}: scores", bar_chart(bars[:MAX_BARS], f"scores of {bench.name}"), legend, text))
     if bench.calibration:
         sentence = f"Expected calibration error {spell(bench.calibration['ece'])}; a point is as large as its share."
-        svg = reliability(bench.calibration["bins"], f"calibration of {bench.name}")
-        drawn.append((f"{bench.name}: is it right when it is sure?", svg, [], sentence))
+        drawing = reliability(bench.calibration["bins"], f"calibration of {bench.name}")
+        drawn.append((f"{bench.name}: is it right when it is sure?", drawing, [], sentence))
     return drawn
 
 
@@ -69,7 +69,7 @@ def bar_chart(bars: Sequence[Bar], label: str) -> Markup:
         parts.append(grid.format(axis(tick), height - 16, axis(tick), height - 4, 100 * tick))
     for number, bar in enumerate(bars):
         parts.append(_bar(bar, number * ROW, axis))
-    return _svg(parts, height, label)
+    return svg(parts, height, label)
 
 
 def _bar(bar: Bar, top: float, axis: Axis) -> Markup:
@@ -117,9 +117,4 @@ def reliability(bins: Sequence[dict[str, Any]], label: str) -> Markup:
         radius = 3 + 9 * (each["n"] / total) ** 0.5
         parts.append(point.format(x_axis(each["confidence"]), y_axis(each["accuracy"]), radius, told))
     parts.append(Markup('<text x="{}" y="{}" class="mid soft">confidence</text>').format(WIDTH / 2, HEIGHT - 4))
-    return _svg(parts, HEIGHT, label)
-
-
-def _svg(parts: Sequence[Markup], height: float, label: str) -> Markup:
-    head = Markup('<svg viewBox="0 0 {} {:.0f}" role="img" aria-label="{}">').format(WIDTH, height, label)
-    return head + Markup("").join(parts) + Markup("</svg>")
+    return svg(parts, HEIGHT, label)

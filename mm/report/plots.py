@@ -85,7 +85,7 @@ def line_chart(
     for number, curve in enumerate(smoothed.values()):
         parts.append(_line(curve, x_axis, y_axis, f"line s{number % 6}"))
     parts.append(_tooltips(smoothed, x_axis))
-    return _svg(parts, WIDTH, HEIGHT, label)
+    return svg(parts, HEIGHT, label)
 
 
 def _line(curve: Curve, x_axis: Axis, y_axis: Axis, style: str) -> Markup:
@@ -140,7 +140,7 @@ def heat_map(counts: dict[int, list[int]], *, top: float, label: str) -> Markup:
         for expert, load in enumerate(loads):
             name = f"layer {layer}, expert {expert}"
             parts.append(_cell(left + expert * width, y, width, row, load, load / even, top, name))
-    return _svg(parts, WIDTH, head + row * len(counts) + 2, label)
+    return svg(parts, head + row * len(counts) + 2, label)
 
 
 def _cell(x: float, y: float, width: float, height: float, load: int, share: float, top: float, name: str) -> Markup:
@@ -166,11 +166,12 @@ def wave(envelope: Sequence[float], *, label: str) -> Markup:
         )
         for i, tall in enumerate(max(1.5, peak * (height - 4)) for peak in envelope)
     )
-    return _svg(list(bars), WIDTH, height, label)
+    return svg(list(bars), height, label)
 
 
-def _svg(parts: Sequence[Markup], width: int, height: float, label: str) -> Markup:
-    head = Markup('<svg viewBox="0 0 {} {:.0f}" role="img" aria-label="{}">').format(width, height, label)
+def svg(parts: Sequence[Markup], height: float, label: str) -> Markup:
+    """A drawing of the charts' width. `label` says what it shows to a screen reader."""
+    head = Markup('<svg viewBox="0 0 {} {:.0f}" role="img" aria-label="{}">').format(WIDTH, height, label)
     return head + Markup("").join(parts) + Markup("</svg>")
 
 
