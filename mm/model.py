@@ -225,22 +225,35 @@ class MultimodalModel(nn.Module):
 
     def step(self, ids: Tensor, cache: Cache) -> Tensor:
         """One more token per row, ids (B,), after a forward pass with this cache -> logits (B, V) float32."""
+        return self.logits(self.advance(ids[:, None], cache)[:, 0])
+
+    def advance(self, ids: Tensor, cache: Cache, lengths: Tensor | None = None) -> Tensor:
+        """More text in every row, ids (B, T), after a forward pass with this cache -> hidden states (B, T, D).
+
+        Row i has `lengths[i]` tokens (None: T), and padding after them.
+        """
         assert cache.next_index is not None and cache.next_position is not None
-        ones = torch.ones_like(ids)[:, None]
+        steps = torch.arange(ids.shape[1], device=ids.device)
+        real = torch.ones_like(ids) if lengths is None else (steps < lengths[:, None]).long()
         sequence = Sequence(
-            embeddings=self.decoder.embed(ids)[:, None],
-            index=cache.next_index[:, None],
-            positions=cache.next_position[:, None, None].expand(-1, 1, 3),
-            document_ids=ones,
-            branch_ids=torch.zeros_like(ones),
-            modality_ids=torch.zeros_like(ones),
-            labels=torch.full_like(ones, IGNORE),
-            predecessor=ones - 2,
+            embeddings=self.decoder.embed(ids),
+            index=cache.next_index[:, None] + steps,
+            positions=(cache.next_position[:, None] + steps)[..., None].expand(-1, -1, 3),
+            document_ids=real,
+            branch_ids=torch.zeros_like(ids),
+            modality_ids=torch.zeros_like(ids),
+            labels=torch.full_like(ids, IGNORE),
+            predecessor=torch.full_like(ids, -1),
             cross=cache.cross,
         )
         hidden, _ = self.decoder(sequence, cache)
-        cache.next_index, cache.next_position = cache.next_index + 1, cache.next_position + 1
-        return self.decoder.logits(hidden[:, 0])
+        read = ids.shape[1] if lengths is None else lengths
+        cache.next_index, cache.next_position = cache.next_index + read, cache.next_position + read
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., D) hidden states -> (..., V) float32."""
+        return self.decoder.logits(hidden)
 
     def _note_next(self, sequence: Sequence, cache: Cache) -> None:
         """Where generation goes on: after the last real position of each row (one document, no branches)."""

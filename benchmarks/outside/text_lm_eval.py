@@ -86,8 +86,8 @@ def write_corpus(path: Path, count: int) -> None:
 def benchmarks(folder: Path) -> dict[str, Any]:
     """Our configs, by the names that lm-eval's tasks have."""
 
-    def part(path: str, **arguments: Any) -> dict[str, Any]:
-        return {"class_path": f"mm.evaluation.benchmarks.{path}", "init_args": arguments}
+    def part(class_path: str, /, **arguments: Any) -> dict[str, Any]:
+        return {"class_path": f"mm.evaluation.benchmarks.{class_path}", "init_args": arguments}
 
     mmlu = {"path": str(folder / "mmlu"), "shots": 0}
     wiki = {"path": str(folder / "wiki.raw"), "max_length": WINDOW, "detokenise": False}

@@ -23,8 +23,7 @@ from mm.datasets.chat_template import Elements
 from mm.datasets.packing import collate
 from mm.datasets.processor import Encoded, Processor
 from mm.evaluation.records import Response
-from mm.types import IGNORE, Sample
-from mm.types import Sequence as DecoderInput
+from mm.types import Sample
 
 WINDOW = 8  # batches of groups that are encoded ahead and sorted by length
 
@@ -154,23 +153,7 @@ def _decode(model: Any, groups: list[Group], names: list[str], max_new_tokens: i
 
 def _read(model: Any, rests: list[Tensor], cache: Any) -> Tensor:
     """Reads further text, one row of ids each, into the cache -> logits (R, V) float32 after each row's last id."""
-    device = model.device
-    ids = torch.nn.utils.rnn.pad_sequence(rests, batch_first=True).to(device)
-    lengths = torch.tensor([len(rest) for rest in rests], device=device)
-    steps = torch.arange(ids.shape[1], device=device)
-    real = (steps < lengths[:, None]).long()  # document 1; 0 at padding
-    sequence = DecoderInput(
-        embeddings=model.decoder.embed(ids),
-        index=cache.next_index[:, None] + steps,
-        positions=(cache.next_position[:, None] + steps)[..., None].expand(-1, -1, 3),
-        document_ids=real,
-        branch_ids=torch.zeros_like(ids),
-        modality_ids=torch.zeros_like(ids),
-        labels=torch.full_like(ids, IGNORE),
-        predecessor=torch.full_like(ids, -1),
-        cross=cache.cross,
-    )
-    hidden, _ = model.decoder(sequence, cache)
-    cache.next_index, cache.next_position = cache.next_index + lengths, cache.next_position + lengths
-    last = hidden[torch.arange(len(rests), device=device), lengths - 1]
-    return model.decoder.logits(last)
+    ids = torch.nn.utils.rnn.pad_sequence(rests, batch_first=True).to(model.device)
+    lengths = torch.tensor([len(rest) for rest in rests], device=model.device)
+    hidden = model.advance(ids, cache, lengths)
+    return model.logits(hidden[torch.arange(len(rests), device=model.device), lengths - 1])

@@ -9,29 +9,33 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal, Unpack
 
 import torch
 from torch import Tensor
 
-from mm.datasets.packing import collate
+from mm.generation.beams import beam_search
+from mm.generation.contrastive import contrastive_search
+from mm.generation.options import Decoding, Options
 from mm.generation.requests import (
     GenerativeModel,
+    Prompts,
     Request,
+    Steps,
     batches,
     check_at_least_one,
     check_model,
     encode_requests,
     pad_right,
+    read,
     request_generator,
     stop_ids,
 )
-from mm.generation.sampling import INVALID, Sampler
+from mm.generation.sampling import INVALID, History
 from mm.tokenizers.text import StreamDecoder
 from mm.types import Sample
 
 FinishReason = Literal["stop", "length"]
-Steps = Generator[tuple[list[int], list[int]], None, None]  # (rows still going, the id that each of them got)
 
 
 @dataclass(frozen=True)
@@ -49,15 +53,12 @@ def generate(
     model: GenerativeModel,
     samples: Iterable[Sample],
     max_new_tokens: int = 32,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
     seed: int | Sequence[int] = 0,
     batch_size: int = 64,
     batch_tokens: int = 16_384,
     max_length: int | None = None,
     progress: Callable[[int], None] | None = None,
+    **options: Unpack[Options],
 ) -> list[Generation]:
     """Answers each sample's chat; results come in the order of `samples`, whatever order they are decoded in.
 
@@ -65,6 +66,7 @@ def generate(
     padded to the longest, plus the answers). `seed` is a whole number, from which each request's own seed is made with
     its `Sample.key`, or a list of each request's own: so an answer depends neither on the batch nor on the order.
     `max_length` bounds prompt plus answer, in positions. `progress` is called with how many requests just finished.
+    `options` are those of `Decoding`: how tokens are chosen.
 
     Raises ValueError naming the argument or the sample: nonsense options, an empty prompt, branches, a chat that ends
     with the assistant's turn (`mm.datasets.chat_template.without_answer` removes it), too long a context, a kind of
@@ -75,13 +77,13 @@ def generate(
     check_at_least_one(
         max_new_tokens=max_new_tokens, batch_size=batch_size, batch_tokens=batch_tokens, max_length=max_length
     )
-    sampler = Sampler(temperature, top_k, top_p, min_p)
+    decoding = Decoding(**options)
     requests = encode_requests(model, samples, seed, max_new_tokens, max_length)
     results: dict[int, Generation] = {}
     # A window of batches is encoded ahead and sorted: enough to find requests of like length, and never all the media.
     while window := list(itertools.islice(requests, 8 * batch_size)):
         for batch in batches(window, batch_size, batch_tokens, max_new_tokens):
-            answers = _answer(model, batch, sampler, max_new_tokens)
+            answers = _answer(model, batch, decoding, max_new_tokens)
             results |= {request.index: answer for request, answer in zip(batch, answers, strict=True)}
             if progress is not None:
                 progress(len(batch))
@@ -95,19 +97,19 @@ class Stream(Iterator[str]):
     frees the cache; dropping the stream does the same.
     """
 
-    def __init__(self, model: GenerativeModel, request: Request, sampler: Sampler, max_new_tokens: int) -> None:
+    def __init__(self, model: GenerativeModel, request: Request, decoding: Decoding, max_new_tokens: int) -> None:
         self.ids: list[int] = []
         self.finish_reason: FinishReason | None = None
         self.prompt_length = request.encoded.length
-        self._pieces = self._read(model, request, sampler, max_new_tokens)
+        self._pieces = self._read(model, request, decoding, max_new_tokens)
 
     def _read(
-        self, model: GenerativeModel, request: Request, sampler: Sampler, max_new_tokens: int
+        self, model: GenerativeModel, request: Request, decoding: Decoding, max_new_tokens: int
     ) -> Generator[str, None, None]:
         decoder = StreamDecoder(model.tokenizer)
         stops = stop_ids(model)
         reason: FinishReason = "length"
-        for _, (token,) in _decode_requests(model, [request], sampler, max_new_tokens):
+        for _, (token,) in steps(model, Prompts.of(model, [request]), decoding, stops, max_new_tokens):
             if token in stops:
                 reason = "stop"
                 break
@@ -129,12 +131,9 @@ def stream(
     model: GenerativeModel,
     sample: Sample,
     max_new_tokens: int = 512,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
     seed: int = 0,
     max_length: int | None = None,
+    **options: Unpack[Options],
 ) -> Stream:
     """The answer to one chat, piece by piece: the pieces together are the text that `generate` gives.
 
@@ -143,9 +142,11 @@ def stream(
     """
     check_model(model)
     check_at_least_one(max_new_tokens=max_new_tokens, max_length=max_length)
-    sampler = Sampler(temperature, top_k, top_p, min_p)
+    decoding = Decoding(**options)
+    if decoding.num_beams > 1:
+        raise ValueError("num_beams: which beam is best is known when all have ended; use generate, or num_beams=1")
     (request,) = encode_requests(model, [sample], seed, max_new_tokens, max_length)
-    return Stream(model, request, sampler, max_new_tokens)
+    return Stream(model, request, decoding, max_new_tokens)
 
 
 def generate_ids(
@@ -153,13 +154,10 @@ def generate_ids(
     input_ids: Tensor,
     attention_mask: Tensor | None = None,
     max_new_tokens: int = 32,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
     seed: int | Sequence[int] = 0,
     stop: Collection[int] | None = None,
     pad_id: int = 0,
+    **options: Unpack[Options],
 ) -> Tensor:
     """Continues text given as ids (B, T) int64: the new ids alone, (B, <= max_new_tokens) int64 on the model's device.
 
@@ -171,71 +169,73 @@ def generate_ids(
     """
     check_model(model)
     check_at_least_one(max_new_tokens=max_new_tokens)
-    sampler = Sampler(temperature, top_k, top_p, min_p)
+    decoding = Decoding(**options)
     ids, mask = pad_right(input_ids, attention_mask)
     inputs = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
-    names = [f"row {row} of input_ids" for row in range(len(ids))]
-    generators = [request_generator(seed, row, key=str(row)) for row in range(len(ids))]
+    rows = range(len(ids))
+    prompts = Prompts(
+        inputs,
+        [row[real] for row, real in zip(ids, mask, strict=True)],
+        [f"row {row} of input_ids" for row in rows],
+        [request_generator(seed, row, key=str(row)) for row in rows],
+    )
     stops = stop_ids(model) if stop is None else stop
-    collected: list[list[int]] = [[] for _ in names]
-    for rows, chosen in _decode(model, inputs, names, sampler, generators, stops, max_new_tokens):
-        for row, token in zip(rows, chosen, strict=True):
-            collected[row].append(token)
+    collected = decode(model, prompts, decoding, stops, max_new_tokens)
     answers = [torch.tensor(row) for row in collected]
     return torch.nn.utils.rnn.pad_sequence(answers, batch_first=True, padding_value=pad_id).to(model.device)
 
 
-def _answer(model: GenerativeModel, requests: list[Request], sampler: Sampler, max_new_tokens: int) -> list[Generation]:
+def _answer(
+    model: GenerativeModel, requests: list[Request], decoding: Decoding, max_new_tokens: int
+) -> list[Generation]:
     stops = stop_ids(model)
-    collected: list[list[int]] = [[] for _ in requests]
-    for rows, chosen in _decode_requests(model, requests, sampler, max_new_tokens):
-        for row, token in zip(rows, chosen, strict=True):
-            collected[row].append(token)
     answers: list[Generation] = []
-    for request, ids in zip(requests, collected, strict=True):
+    found = decode(model, Prompts.of(model, requests), decoding, stops, max_new_tokens)
+    for request, ids in zip(requests, found, strict=True):
         reason: FinishReason = "stop" if ids[-1] in stops else "length"
         ids = ids[:-1] if reason == "stop" else ids
         answers.append(Generation(model.tokenizer.decode(ids), ids, reason, request.encoded.length))
     return answers
 
 
-def _decode_requests(model: GenerativeModel, requests: list[Request], sampler: Sampler, max_new_tokens: int) -> Steps:
-    batch = collate([[request.encoded] for request in requests]).to(model.device)
-    names = [request.name for request in requests]
-    generators = [request.generator for request in requests]
-    return _decode(model, {"batch": batch}, names, sampler, generators, stop_ids(model), max_new_tokens)
+def decode(
+    model: GenerativeModel, prompts: Prompts, decoding: Decoding, stops: Collection[int], max_new_tokens: int
+) -> list[list[int]]:
+    """The ids of each prompt's answer, up to and with the first that is in `stops`."""
+    if decoding.num_beams > 1:
+        return [best.ids for best, *_ in beam_search(model, prompts, decoding, stops, max_new_tokens)]
+    collected: list[list[int]] = [[] for _ in prompts.names]
+    for rows, chosen in steps(model, prompts, decoding, stops, max_new_tokens):
+        for row, token in zip(rows, chosen, strict=True):
+            collected[row].append(token)
+    return collected
 
 
-@torch.inference_mode()
-def _decode(
-    model: GenerativeModel,
-    inputs: dict[str, Any],
-    names: list[str],
-    sampler: Sampler,
-    generators: list[torch.Generator],
-    stops: Collection[int],
-    max_new_tokens: int,
+def steps(
+    model: GenerativeModel, prompts: Prompts, decoding: Decoding, stops: Collection[int], max_new_tokens: int
 ) -> Steps:
     """One yield a step. A row that got an id in `stops` is not in the next; the loop ends with the last row.
 
-    `inputs` are what the model is called with; `names` and `generators` are the rows'. Raises ValueError naming the row
-    when its logits are no numbers.
+    Raises ValueError naming the row when its logits are no numbers.
     """
+    method = _one_by_one if decoding.penalty_alpha is None else contrastive_search
+    return method(model, prompts, decoding, stops, max_new_tokens)
+
+
+@torch.inference_mode()
+def _one_by_one(
+    model: GenerativeModel, prompts: Prompts, decoding: Decoding, stops: Collection[int], max_new_tokens: int
+) -> Steps:
+    """Greedy decoding and sampling: each token is chosen from the model's distribution, and that is that."""
     cache = model.new_cache()
-    output = model(**inputs, cache=cache)
-    last = output.sequence.mask.sum(dim=1) - 1
-    # The head is applied to one position a row: logits of a whole prompt would be by far the largest tensor.
-    logits = output.head(output.hidden[torch.arange(len(last), device=last.device), last]).float()
-    del output
-    rows = list(range(len(names)))
+    logits = read(model, prompts, cache)
+    history = History.of(prompts.ids, logits.shape[-1], logits.device) if decoding.needs_history else None
+    rows = list(range(len(prompts.names)))
     for step in range(1, max_new_tokens + 1):
-        chosen = sampler.choose(logits, [generators[row] for row in rows])
+        chosen = decoding.choose(logits, [prompts.generators[row] for row in rows], history)
         ids = chosen.tolist()  # the one wait for the device in a step
         if INVALID in ids:
-            raise ValueError(
-                f"{names[rows[ids.index(INVALID)]]}: the logits for token {step} of the answer are NaN or infinite; "
-                "the model's weights are damaged, or overflow in this precision"
-            )
+            prompts.refuse(rows[ids.index(INVALID)], step)
         yield rows, ids
         going = [place for place, token in enumerate(ids) if token not in stops]
         if not going or step == max_new_tokens:
@@ -243,5 +243,9 @@ def _decode(
         if len(going) < len(rows):
             kept = torch.tensor(going, device=chosen.device)
             cache.keep(kept)
+            if history is not None:
+                history.keep(kept)
             chosen, rows = chosen[kept], [rows[place] for place in going]
+        if history is not None:
+            history.push(chosen)
         logits = model.step(chosen, cache).float()

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor
 
 from mm.datasets.chat_template import ChatTemplate
+from mm.datasets.packing import collate
 from mm.datasets.processor import Encoded, Processor
 from mm.tokenizers.text import TextTokenizer
 from mm.types import MediaSpec, Sample
+
+Steps = Generator[tuple[list[int], list[int]], None, None]  # (rows still going, the id that each of them got)
 
 
 class GenerativeModel(Protocol):
@@ -21,7 +24,8 @@ class GenerativeModel(Protocol):
 
     Called with a `batch`, or with `input_ids` and `attention_mask` (B, T), and a new `cache`, it returns an object with
     `hidden` (B, T, D), `head` (D -> V) and `sequence.mask` (B, T), padded on the right. `step(ids (B,), cache)` returns
-    the logits (B, V) that follow `ids`. `cache.keep(rows)` drops all other rows.
+    the logits (B, V) that follow `ids`, `advance(ids (B, T), cache)` the hidden states (B, T, D) of more ids and
+    `logits` those of hidden states. `cache.keep(rows)` drops all other rows; one may be named twice.
     """
 
     @property
@@ -35,6 +39,8 @@ class GenerativeModel(Protocol):
     def media_specs(self) -> dict[Any, MediaSpec]: ...
     def new_cache(self) -> Any: ...
     def step(self, ids: Tensor, cache: Any) -> Tensor: ...
+    def advance(self, ids: Tensor, cache: Any) -> Tensor: ...
+    def logits(self, hidden: Tensor) -> Tensor: ...
     def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
 
@@ -46,6 +52,42 @@ class Request:
     name: str
     encoded: Encoded
     generator: torch.Generator
+
+
+@dataclass
+class Prompts:
+    """Rows to be continued together: what the model is called with, each row's ids (T,) int64 (media slots below 0),
+    what error messages call it, and its own random numbers."""
+
+    inputs: dict[str, Any]
+    ids: list[Tensor]
+    names: list[str]
+    generators: list[torch.Generator]
+
+    @staticmethod
+    def of(model: GenerativeModel, requests: Sequence[Request]) -> Prompts:
+        batch = collate([[request.encoded] for request in requests]).to(model.device)
+        return Prompts(
+            {"batch": batch},
+            [request.encoded.ids for request in requests],
+            [request.name for request in requests],
+            [request.generator for request in requests],
+        )
+
+    def refuse(self, row: int, step: int) -> NoReturn:
+        """Raises the ValueError for logits that are no numbers."""
+        raise ValueError(
+            f"{self.names[row]}: the logits for token {step} of the answer are NaN or infinite; "
+            "the model's weights are damaged, or overflow in this precision"
+        )
+
+
+def read(model: GenerativeModel, prompts: Prompts, cache: Any) -> Tensor:
+    """Reads the prompts into a new cache -> logits (R, V) float32 after each row's last position."""
+    output = model(**prompts.inputs, cache=cache)
+    last = output.sequence.mask.sum(dim=1) - 1
+    # The head is applied to one position a row: logits of a whole prompt would be by far the largest tensor.
+    return output.head(output.hidden[torch.arange(len(last), device=last.device), last]).float()
 
 
 def check_model(model: GenerativeModel) -> None:

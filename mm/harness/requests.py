@@ -8,6 +8,7 @@ from typing import Any
 from mm.evaluation.respond import continue_texts, cut_at, seed_of
 from mm.evaluation.shared_media import generate_shared
 from mm.generation.engine import generate
+from mm.generation.options import Options
 from mm.types import Sample
 
 DEFAULT_LENGTH = 256  # tokens, where a task states none
@@ -42,7 +43,8 @@ def answer(
             found = continue_texts(model, asked, length, temperature=temperature, batch_size=batch_size)
         elif temperature:
             seeds = [seed_of(sample) for sample in asked]
-            given = generate(model, asked, length, temperature, top_k, top_p, seed=seeds, batch_size=batch_size)
+            sampling: Options = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+            given = generate(model, asked, length, seed=seeds, batch_size=batch_size, **sampling)
             found = [one.text for one in given]
         else:
             greedy = generate_shared(model, asked, max_new_tokens=length, batch_size=batch_size)

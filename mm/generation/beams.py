@@ -1,0 +1,132 @@
+"""Beam search: several hypotheses a request, all continued at once, the best kept; and its diverse form.
+
+Shape legend: `R` requests still searched, `n` beams of each, `V` vocabulary. A request's beams are rows side by side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from mm.generation.options import Decoding
+from mm.generation.requests import GenerativeModel, Prompts, read
+from mm.generation.sampling import History
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """An answer's ids, its closing special included where it ended, and its score: log probability, penalties counted,
+    over length ** length_penalty."""
+
+    score: float
+    ids: list[int]
+
+
+@dataclass
+class Group:
+    """Beams that compete with one another: running ones (log probability, ids), best first, and the best ended ones."""
+
+    size: int
+    running: list[Hypothesis]
+    ended: list[Hypothesis] = field(default_factory=list)
+
+    def end(self, hypothesis: Hypothesis) -> None:
+        """Keeps it if it is among the `size` best; of equals the earlier."""
+        self.ended = sorted([*self.ended, hypothesis], key=lambda each: -each.score)[: self.size]
+
+    def is_done(self, length: int, longest: int, decoding: Decoding) -> bool:
+        """Whether no running beam, `length` tokens long, will end among the best (a guess unless early_stopping is
+        "never": scores can rise as answers grow)."""
+        if not self.running:
+            return True
+        if len(self.ended) < self.size:
+            return False
+        if decoding.early_stopping is True:
+            return True
+        grown = longest if decoding.early_stopping == "never" and decoding.length_penalty > 0 else length
+        return self.running[0].score / grown**decoding.length_penalty <= self.ended[-1].score
+
+
+@torch.inference_mode()
+def beam_search(
+    model: GenerativeModel, prompts: Prompts, decoding: Decoding, stops: Collection[int], max_new_tokens: int
+) -> list[list[Hypothesis]]:
+    """The best hypotheses of each request, `num_beams` of them, best first. Source of the rules: `Decoding`.
+
+    Raises ValueError naming the row whose logits are no numbers.
+    """
+    cache = model.new_cache()
+    logits = read(model, prompts, cache)
+    per_group = decoding.num_beams // decoding.num_beam_groups
+    searches = [[Group(per_group, [Hypothesis(0.0, [])]) for _ in range(decoding.num_beam_groups)] for _ in prompts.ids]
+    history = History.of(prompts.ids, logits.shape[-1], logits.device) if decoding.needs_history else None
+    at = list(range(len(searches)))  # of each row of logits, the request it belongs to
+    live = list(range(len(searches)))
+    for step in range(1, max_new_tokens + 1):
+        log_p = logits.float().log_softmax(-1)
+        invalid = ~log_p.amax(-1).isfinite()
+        if bool(invalid.any()):
+            prompts.refuse(at[int(invalid.nonzero()[0])], step)
+        log_p = decoding.penalise(log_p, history)
+        rows, tokens, at, start = [], [], [], 0
+        for request in live:
+            groups = searches[request]
+            width = sum(len(group.running) for group in groups) if step > 1 else 1
+            found = _grow(groups, log_p[start : start + width], decoding, stops, step, max_new_tokens)
+            rows += [start + row for row, _ in found]
+            tokens += [token for _, token in found]
+            at += [request] * len(found)
+            start += width
+        live = list(dict.fromkeys(at))
+        if not live or step == max_new_tokens:
+            break
+        kept, ids = (torch.tensor(each, device=logits.device) for each in (rows, tokens))
+        cache.keep(kept)
+        if history is not None:
+            history.keep(kept)
+            history.push(ids)
+        logits = model.step(ids, cache)
+    return [sorted((h for group in groups for h in group.ended), key=lambda h: -h.score) for groups in searches]
+
+
+def _grow(
+    groups: list[Group], log_p: Tensor, decoding: Decoding, stops: Collection[int], step: int, max_new_tokens: int
+) -> list[tuple[int, int]]:
+    """One step of a request, log_p (its rows, V): its new running beams as (row, token), and what has ended noted."""
+    taken = log_p.new_zeros(log_p.shape[-1])
+    found: list[tuple[int, int]] = []
+    first = 0
+    for group in groups:
+        if not group.running:
+            continue
+        rows = log_p[first : first + len(group.running)] if step > 1 else log_p
+        base = first if step > 1 else 0
+        first += len(group.running)
+        scores = torch.tensor([h.score for h in group.running], device=rows.device)[:, None] + rows
+        scores = scores - decoding.diversity_penalty * taken
+        # Enough candidates that `size` of them go on even if every stop is among the best.
+        count = min(max(2, 1 + len(stops)) * group.size, scores.numel())
+        best, places = scores.flatten().topk(count)
+        running: list[Hypothesis] = []
+        chosen: list[tuple[int, int]] = []
+        for rank, (score, place) in enumerate(zip(best.tolist(), places.tolist(), strict=True)):
+            row, token = divmod(place, log_p.shape[-1])
+            longer = Hypothesis(score, [*group.running[row].ids, token])
+            ends = token in stops or step == max_new_tokens
+            if ends and rank < group.size:
+                group.end(Hypothesis(score / step**decoding.length_penalty, longer.ids))
+            if not ends and len(running) < group.size and score > float("-inf"):
+                running.append(longer)
+                chosen.append((base + row, token))
+        group.running = running
+        if group.is_done(step, max_new_tokens, decoding):
+            group.running = []
+            continue
+        found += chosen
+        taken.index_add_(
+            0, torch.tensor([token for _, token in chosen], device=taken.device), taken.new_ones(len(chosen))
+        )
+    return found
