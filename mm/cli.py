@@ -16,6 +16,8 @@ from dataclasses import dataclass
 
 import mm
 
+SPINS = "10000"  # of a waiting torch thread, before it sleeps. The 300,000 of OpenMP's library halt training where it
+# shares the cores: with one busy neighbour on two, 35 samples/s of the demo's 90 against below 10 (benchmarks/RESULTS.md)
 INTERRUPTED = 130  # what shells report after Ctrl-C: 128 + SIGINT
 
 
@@ -75,6 +77,8 @@ def usage() -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status: 0 done, 2 the user's mistake (one line on stderr), 130 Ctrl-C."""
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)  # read once, when a command imports torch
     args = list(sys.argv[1:] if argv is None else argv)
     args, debug = _take_debug(args)
     if not args or args[0] in ("-h", "--help", "help"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -399,3 +400,17 @@ def test_allow_import_takes_dotted_names_only(capsys: pytest.CaptureFixture[str]
     for name in ("*", "a/b", "../x"):
         assert cli.main(["fit", "--allow-import", name]) == 2
         assert name in error(capsys)
+
+
+def test_waiting_threads_leave_the_core_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(name, raising=False)
+    cli.main(["--version"])
+    assert os.environ["GOMP_SPINCOUNT"] == cli.SPINS
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    cli.main(["--version"])
+    assert os.environ["GOMP_SPINCOUNT"] == "7"  # who says otherwise is heard
+    monkeypatch.delenv("GOMP_SPINCOUNT")
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    cli.main(["--version"])
+    assert "GOMP_SPINCOUNT" not in os.environ

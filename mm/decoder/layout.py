@@ -34,6 +34,10 @@ class Places:
             torch.cat([self.branch_ids, more.branch_ids], 1),
         )
 
+    def keep(self, rows: Tensor) -> Places:
+        """Those rows, in that order."""
+        return Places(self.index[rows], self.document_ids[rows], self.branch_ids[rows])
+
 
 @dataclass
 class Layout:

@@ -30,6 +30,10 @@ class Positions(Protocol):
         """(B, H, T, S) float32 for the scores, -inf where a query does not see a key; or None."""
         ...
 
+    def shift(self, k: Tensor, by: Tensor) -> Tensor:
+        """Keys (B, S, G, d) or (B, S, d) that `rotate` has turned, as if they stood `by` (B,) places further on."""
+        ...
+
 
 @dataclass(frozen=True)
 class Rotary:
@@ -100,6 +104,9 @@ class Rotary:
     def turn(self, x: Tensor, layout: Layout) -> Tensor:
         """(B, T, H, head_dim) -> the same, turned."""
         cos, sin = (table.to(x.dtype) for table in self.tables(layout, x.shape[-1]))
+        return self._turn(x, cos, sin)
+
+    def _turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         turning, rest = x.split([2 * cos.shape[-1], x.shape[-1] - 2 * cos.shape[-1]], -1)
         if self.pairs == "halves":
             a, b = turning.chunk(2, -1)
@@ -108,6 +115,21 @@ class Rotary:
             a, b = turning[..., ::2], turning[..., 1::2]
             turned = torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)
         return torch.cat([turned, rest], -1) if rest.shape[-1] else turned
+
+    def shift(self, k: Tensor, by: Tensor) -> Tensor:
+        """Keys (B, S, G, d) or (B, S, d), turned already, turned on by `by` (B,) places, on every axis.
+
+        Raises ValueError for frequencies that switch with the length (longrope).
+        """
+        if self.switches_at is not None:
+            raise ValueError("keys cannot be moved on: LongRoPE turns them by frequencies that depend on the length")
+        dim = self.rotated(k.shape[-1])
+        frequencies = inverse_frequencies(dim, self.theta)
+        if self.scaling is not None:
+            frequencies, _ = self.scaling.apply(dim, self.theta)  # the scale of cos and sin is in the keys already
+        angles = by.float()[:, None] * frequencies.to(k.device)
+        angles = angles.view(len(by), *[1] * (k.ndim - 2), -1)
+        return self._turn(k, angles.cos().to(k.dtype), angles.sin().to(k.dtype))
 
     @property
     def switches_at(self) -> int | None:
@@ -133,6 +155,9 @@ class Alibi:
 
     def rotate(self, q: Tensor, k: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
         return q, k
+
+    def shift(self, k: Tensor, by: Tensor) -> Tensor:
+        return k  # the layout says where they stand
 
     def bias(self, layout: Layout, heads: int) -> Tensor:
         slopes = tuple(alibi_slopes(heads, self.max_bias))
@@ -165,6 +190,9 @@ class RotaryAlibi:
         keys = self.rotary_heads // group
         turned_q, turned_k = self.rotary.rotate(q[:, :, : self.rotary_heads], k[:, :, :keys], layout)
         return torch.cat([turned_q, q[:, :, self.rotary_heads :]], 2), torch.cat([turned_k, k[:, :, keys:]], 2)
+
+    def shift(self, k: Tensor, by: Tensor) -> Tensor:
+        raise ValueError("keys cannot be moved on: which of RotaryAlibi's turn is known with the queries only")
 
     def bias(self, layout: Layout, heads: int) -> Tensor:
         slopes = (0.0,) * self.rotary_heads + tuple(alibi_slopes(heads - self.rotary_heads, self.alibi.max_bias))

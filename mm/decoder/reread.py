@@ -39,7 +39,7 @@ class Rereader:
         after = torch.maximum(before, _lengths(sequence))
         again = None
         if known is None or kept:
-            inputs, positions = cache.extend(-1, inputs=sequence.embeddings, positions=sequence.positions)
+            inputs, positions = cache.append(-1, inputs=sequence.embeddings, positions=sequence.positions)
             if known is not None and _crosses(before, after, self.lengths):
                 again = _whole(known, sequence, inputs, positions, cache)
         if bool((after > self.lengths[-1]).all()):

@@ -113,15 +113,17 @@ class GroupedAttention(nn.Module):
         q, k, v = self._queries_keys_values(x)
         if self.positions is not None:
             q, k = self.positions.rotate(q, k, layout)
+        window = self.window
         if cache is not None:
-            k, v = cache.extend(layer, keys=k, values=v)
+            shift = None if self.positions is None else self.positions.shift
+            layout, window, (k, v) = cache.extend(layer, layout, window, shift, keys=k, values=v)
         y = self.attend(
             q,
             k,
             v,
             layout,
             scale=self.scale,
-            window=self.window,
+            window=window,
             bias=None if self.positions is None else self.positions.bias(layout, self.heads),
             softcap=self.softcap,
             sinks=self.sinks,

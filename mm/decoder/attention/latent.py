@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mm.decoder.attention.backends import BACKENDS, Backend
+from mm.decoder.attention.windows import Window
 from mm.decoder.cache import Cache
 from mm.decoder.init import Init
 from mm.decoder.layout import Layout
@@ -77,24 +78,30 @@ class LatentAttention(nn.Module):
         latent = self.kv_norm(latent)
         q_rope, k_rope = self.positions.rotate(q_rope, k_rope[:, :, None], layout)
         k_rope = k_rope[:, :, 0]
+        window = None
         if cache is not None:
-            latent, k_rope = cache.extend(layer, latent=latent, rope_key=k_rope)
+            shift = self.positions.shift
+            layout, window, (k_rope, latent) = cache.extend(layer, layout, None, shift, rope_key=k_rope, latent=latent)
         attend = self._absorbed if self._absorbing_is_cheaper(layout) else self._expanded
-        return self.out(attend(q_nope, q_rope, latent, k_rope, layout).flatten(2))
+        return self.out(attend(q_nope, q_rope, latent, k_rope, layout, window).flatten(2))
 
-    def _expanded(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, layout: Layout) -> Tensor:
+    def _expanded(
+        self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, layout: Layout, window: Window | None
+    ) -> Tensor:
         """Heads made from the latents: q (B, T, H, n | p), latent (B, S, r), k_rope (B, S, p) -> (B, T, H, v)."""
         k_nope, v = self.kv_up(latent).unflatten(-1, (self.heads, -1)).split([self.nope_dim, self.v_dim], -1)
         k = torch.cat([k_nope, k_rope[:, :, None].expand(-1, -1, self.heads, -1)], -1)
-        return self.attend(torch.cat([q_nope, q_rope], -1), k, v, layout, scale=self.scale)
+        return self.attend(torch.cat([q_nope, q_rope], -1), k, v, layout, scale=self.scale, window=window)
 
-    def _absorbed(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, layout: Layout) -> Tensor:
+    def _absorbed(
+        self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, layout: Layout, window: Window | None
+    ) -> Tensor:
         """The same, every head reading the latents: (q W_k) . c = q . (W_k c), and W_v (sum p c) = sum p (W_v c)."""
         up = self.kv_up.weight.to(latent.dtype).view(self.heads, self.nope_dim + self.v_dim, self.kv_rank)
         w_key, w_value = up.split([self.nope_dim, self.v_dim], 1)  # (H, n, r), (H, v, r)
         q = torch.cat([torch.einsum("bthn,hnr->bthr", q_nope, w_key), q_rope], -1)
         # One key head for all: heads stand as more queries of it, so nothing is repeated in memory.
-        mask = layout.mask().expand(len(q), -1, -1, -1).repeat_interleave(self.heads, 2)  # (B, 1, T*H, S)
+        mask = layout.mask(window).expand(len(q), -1, -1, -1).repeat_interleave(self.heads, 2)  # (B, 1, T*H, S)
         keys = torch.cat([latent, k_rope], -1)[:, None]
         seen = F.scaled_dot_product_attention(q.flatten(1, 2)[:, None], keys, latent[:, None], mask, scale=self.scale)
         return torch.einsum("bthr,hvr->bthv", seen.view(*q.shape[:3], self.kv_rank), w_value)
