@@ -16,8 +16,9 @@ from dataclasses import dataclass
 
 import mm
 
-SPINS = "10000"  # of a waiting torch thread, before it sleeps. The 300,000 of OpenMP's library halt training where it
-# shares the cores: with one busy neighbour on two, 35 samples/s of the demo's 90 against below 10 (benchmarks/RESULTS.md)
+# Of a torch thread that waits, before it sleeps. The 300,000 of OpenMP's library all but halt training on shared cores:
+# beside one busy neighbour on two, the demo reads below 10 samples/s instead of some 40 (benchmarks/RESULTS.md).
+SPINS = "10000"
 INTERRUPTED = 130  # what shells report after Ctrl-C: 128 + SIGINT
 
 

@@ -48,6 +48,9 @@ class Cache:
         """
         return layout, window, self.append(layer, **new)
 
+    def attended(self, layer: int, q: Tensor, layout: Layout, window: Window | None, scale: float) -> None:
+        """Attention's word, after `extend`, of which queries (B, T, H, d) it asked. Here nobody listens."""
+
     def append(self, layer: int, **new: Tensor) -> list[Tensor]:
         """Appends (B, T, ...) tensors to a layer, by name, and returns each with all that the layer has of it."""
         return [self._append(layer, name, x) for name, x in new.items()]

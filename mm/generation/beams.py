@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from mm.generation.caches.choose import make
 from mm.generation.options import Decoding
 from mm.generation.requests import GenerativeModel, Prompts, read
 from mm.generation.sampling import History
@@ -58,7 +59,7 @@ def beam_search(
 
     Raises ValueError naming the row whose logits are no numbers.
     """
-    cache = model.new_cache()
+    cache = make(model, decoding.cache)
     logits = read(model, prompts, cache)
     per_group = decoding.num_beams // decoding.num_beam_groups
     searches = [[Group(per_group, [Hypothesis(0.0, [])]) for _ in range(decoding.num_beam_groups)] for _ in prompts.ids]

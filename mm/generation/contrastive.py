@@ -7,6 +7,7 @@ from collections.abc import Collection
 import torch
 import torch.nn.functional as F
 
+from mm.generation.caches.choose import make
 from mm.generation.options import Decoding
 from mm.generation.requests import GenerativeModel, Prompts, Steps
 from mm.generation.sampling import History
@@ -21,7 +22,7 @@ def contrastive_search(
     A candidate's likeness is the largest cosine between its last hidden state and that of any position before it.
     """
     assert decoding.penalty_alpha is not None and decoding.top_k is not None
-    cache = model.new_cache()
+    cache = make(model, decoding.cache)
     output = model(**prompts.inputs, cache=cache)
     mask = output.sequence.mask
     said = F.normalize(output.hidden.float(), dim=-1)  # (R, T, D)

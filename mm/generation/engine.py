@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mm.generation.beams import beam_search
+from mm.generation.caches.choose import make
 from mm.generation.contrastive import contrastive_search
 from mm.generation.options import Decoding, Options
 from mm.generation.requests import (
@@ -227,7 +228,7 @@ def _one_by_one(
     model: GenerativeModel, prompts: Prompts, decoding: Decoding, stops: Collection[int], max_new_tokens: int
 ) -> Steps:
     """Greedy decoding and sampling: each token is chosen from the model's distribution, and that is that."""
-    cache = model.new_cache()
+    cache = make(model, decoding.cache)
     logits = read(model, prompts, cache)
     history = History.of(prompts.ids, logits.shape[-1], logits.device) if decoding.needs_history else None
     rows = list(range(len(prompts.names)))

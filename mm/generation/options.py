@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, TypedDict
 
+from mm.generation.caches.choose import check
 from mm.generation.sampling import Sampler
 
 
@@ -25,6 +26,7 @@ class Options(TypedDict, total=False):
     length_penalty: float
     early_stopping: bool | Literal["never"]
     penalty_alpha: float | None
+    cache: str
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,8 @@ class Decoding(Sampler):
     penalty_alpha      contrastive search (Su et al. 2022, arXiv 2202.06417): of the `top_k` likeliest tokens that with
                        the best (1 - alpha) * probability - alpha * likeness to what is already there
 
+    cache              what is kept of the past, by one of the names of mm.generation.caches.CACHES
+
     Raises ValueError at construction, naming the option or the combination.
     """
 
@@ -49,9 +53,11 @@ class Decoding(Sampler):
     length_penalty: float = 1.0
     early_stopping: bool | Literal["never"] = False
     penalty_alpha: float | None = None
+    cache: str = "dynamic"
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check(self.cache)
         for name in ("num_beams", "num_beam_groups"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:

@@ -128,6 +128,8 @@ class GroupedAttention(nn.Module):
             softcap=self.softcap,
             sinks=self.sinks,
         )
+        if cache is not None:
+            cache.attended(layer, q, layout, window, self.scale)
         if self.gate is not None:
             y = y * self.gate(x).sigmoid().view(*y.shape[:3], -1)
         return self.out(y.flatten(2))

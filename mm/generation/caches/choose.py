@@ -1,0 +1,64 @@
+"""Caches by name, for a model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from mm.decoder.attention.windows import StreamingSinks
+from mm.decoder.cache import Cache
+from mm.generation.caches.evicting import EvictingCache
+from mm.generation.caches.quantised import QuantisedCache
+from mm.generation.caches.windowed import WindowedCache
+
+CACHES = {
+    "dynamic": "everything",
+    "window": "of layers with a sliding window what it may still show, of others everything; exact",
+    "sinks:FIRST+LAST": "of every layer the first and the last positions, and the memory stays the same for ever",
+    "int8": "everything, in 8 bits a number",
+    "int4": "everything, in 4 bits a number",
+    "evict:BUDGET": "of every layer so many positions, those that recent ones attended to",
+}
+
+
+def check(name: str) -> None:
+    """Raises ValueError for a name that is none of `CACHES`, or sizes that make no sense."""
+    if name != "dynamic":
+        _read(name)(0)
+
+
+def make(model: Any, name: str) -> Cache:
+    """A new cache for `model`, of the kind that `name` says (`CACHES`).
+
+    Raises ValueError for an unknown name, and for a kind that the model's decoder cannot have, saying why.
+    """
+    if name == "dynamic":
+        return model.new_cache()
+    maker = _read(name)
+    decoder = getattr(model, "decoder", None)
+    if decoder is None or decoder.rereader.lengths:
+        raise ValueError(
+            f"cache={name!r}: the model's cache is more than what attention keeps (LongRoPE reads it again at its "
+            "original length); use dynamic"
+        )
+    if name.startswith("sinks") and decoder.embed_positions is not None:
+        raise ValueError(f"cache={name!r}: this model adds positions to its input, so none can seem nearer than it is")
+    return maker(len(decoder.layers))
+
+
+def _read(name: str) -> Callable[[int], Cache]:
+    """What makes a cache of so many layers."""
+    for pattern, maker in _MAKERS.items():
+        if found := re.fullmatch(pattern, name):
+            return lambda layers: maker(layers, *map(int, found.groups()))
+    raise ValueError(f"cache={name!r}: give one of {', '.join(CACHES)}")
+
+
+_MAKERS: dict[str, Callable[..., Cache]] = {
+    r"window": lambda layers: WindowedCache(layers),
+    r"sinks:(\d+)\+(\d+)": lambda layers, first, last: WindowedCache(layers, StreamingSinks(first, last)),
+    r"int8": lambda layers: QuantisedCache(layers, 8),
+    r"int4": lambda layers: QuantisedCache(layers, 4),
+    r"evict:(\d+)": lambda layers, budget: EvictingCache(layers, budget),
+}
