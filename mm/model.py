@@ -233,23 +233,26 @@ class MultimodalModel(nn.Module):
         Row i has `lengths[i]` tokens (None: T), and padding after them.
         """
         assert cache.next_index is not None and cache.next_position is not None
-        steps = torch.arange(ids.shape[1], device=ids.device)
-        real = torch.ones_like(ids) if lengths is None else (steps < lengths[:, None]).long()
-        sequence = Sequence(
-            embeddings=self.decoder.embed(ids),
-            index=cache.next_index[:, None] + steps,
-            positions=(cache.next_position[:, None] + steps)[..., None].expand(-1, -1, 3),
-            document_ids=real,
-            branch_ids=torch.zeros_like(ids),
-            modality_ids=torch.zeros_like(ids),
-            labels=torch.full_like(ids, IGNORE),
-            predecessor=torch.full_like(ids, -1),
-            cross=cache.cross,
-        )
+        sequence = self.text_after(ids, cache.next_index, cache.next_position, lengths)
+        sequence.cross = cache.cross
         hidden, _ = self.decoder(sequence, cache)
         read = ids.shape[1] if lengths is None else lengths
         cache.next_index, cache.next_position = cache.next_index + read, cache.next_position + read
         return hidden
+
+    def text_after(self, ids: Tensor, index: Tensor, position: Tensor, lengths: Tensor | None = None) -> Sequence:
+        """Text ids (B, T), one document a row, that goes on at index (B,) and position (B,). `lengths`: see advance."""
+        steps = torch.arange(ids.shape[1], device=ids.device)
+        return Sequence(
+            embeddings=self.decoder.embed(ids),
+            index=index[:, None] + steps,
+            positions=(position[:, None] + steps)[..., None].expand(-1, -1, 3),
+            document_ids=torch.ones_like(ids) if lengths is None else (steps < lengths[:, None]).long(),
+            branch_ids=torch.zeros_like(ids),
+            modality_ids=torch.zeros_like(ids),
+            labels=torch.full_like(ids, IGNORE),
+            predecessor=torch.full_like(ids, -1),
+        )
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) hidden states -> (..., V) float32."""

@@ -145,6 +145,10 @@ class TextTokenizer:
         stream = StreamDecoder(self, skip_specials)
         return stream.push(*ids) + stream.flush()
 
+    def vocabulary(self) -> dict[str, int]:
+        """Every entry's spelling and id. Two tokenizers whose ids mean the same have equal ones."""
+        return self._tokenizer.get_vocab()
+
     def token_bytes(self, token: int) -> bytes:
         """The bytes that a token stands for; a special's are its spelling."""
         return self._pieces[token]

@@ -83,6 +83,17 @@ class Cache:
             c = self.cross
             self.cross = CrossMedia(c.values[rows], c.document_ids[rows], c.branch_ids[rows], c.index[rows])
 
+    def drop_last(self, count: int) -> None:
+        """Forgets the newest `count` positions of every row, which must be real ones; recurrent states cannot."""
+        if not count:
+            return
+        self.layers = [{name: x[:, :-count] for name, x in layer.items()} for layer in self.layers]
+        if self.places is not None:
+            p = self.places
+            self.places = Places(p.index[:, :-count], p.document_ids[:, :-count], p.branch_ids[:, :-count])
+        if self.next_index is not None and self.next_position is not None:
+            self.next_index, self.next_position = self.next_index - count, self.next_position - count
+
     def bytes(self) -> int:
         """Memory that the layers' tensors take."""
         return sum(x.numel() * x.element_size() for layer in self.layers for x in layer.values())

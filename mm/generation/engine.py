@@ -33,6 +33,7 @@ from mm.generation.requests import (
     stop_ids,
 )
 from mm.generation.sampling import INVALID, History
+from mm.generation.speculative import speculate
 from mm.tokenizers.text import StreamDecoder
 from mm.types import Sample
 
@@ -79,6 +80,8 @@ def generate(
         max_new_tokens=max_new_tokens, batch_size=batch_size, batch_tokens=batch_tokens, max_length=max_length
     )
     decoding = Decoding(**options)
+    if decoding.draft is not None:
+        batch_size = 1  # each request has a draft of its own length
     requests = encode_requests(model, samples, seed, max_new_tokens, max_length)
     results: dict[int, Generation] = {}
     # A window of batches is encoded ahead and sorted: enough to find requests of like length, and never all the media.
@@ -219,8 +222,24 @@ def steps(
 
     Raises ValueError naming the row when its logits are no numbers.
     """
+    if decoding.draft is not None:
+        return _in_turn(speculate, model, prompts, decoding, stops, max_new_tokens)
     method = _one_by_one if decoding.penalty_alpha is None else contrastive_search
     return method(model, prompts, decoding, stops, max_new_tokens)
+
+
+def _in_turn(
+    method: Callable[..., Steps],
+    model: GenerativeModel,
+    prompts: Prompts,
+    decoding: Decoding,
+    stops: Collection[int],
+    max_new_tokens: int,
+) -> Steps:
+    """A method that knows one prompt at a time, for several."""
+    for row, alone in enumerate(prompts.alone()):
+        for _, ids in method(model, alone, decoding, stops, max_new_tokens):
+            yield [row], ids
 
 
 @torch.inference_mode()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, TypedDict
+from typing import Any, Literal, TypedDict
 
 from mm.generation.caches.choose import check
 from mm.generation.sampling import Sampler
@@ -27,6 +27,8 @@ class Options(TypedDict, total=False):
     early_stopping: bool | Literal["never"]
     penalty_alpha: float | None
     cache: str
+    draft: Any
+    draft_length: int
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,9 @@ class Decoding(Sampler):
     penalty_alpha      contrastive search (Su et al. 2022, arXiv 2202.06417): of the `top_k` likeliest tokens that with
                        the best (1 - alpha) * probability - alpha * likeness to what is already there
 
+    draft              speculative decoding: a smaller model with the same tokenizer, "lookup" (what followed the same
+                       words before) or "mtp" (the model's own prediction modules) proposes `draft_length` tokens, which
+                       the model checks in one pass
     cache              what is kept of the past, by one of the names of mm.generation.caches.CACHES
 
     Raises ValueError at construction, naming the option or the combination.
@@ -53,12 +58,14 @@ class Decoding(Sampler):
     length_penalty: float = 1.0
     early_stopping: bool | Literal["never"] = False
     penalty_alpha: float | None = None
+    draft: Any = None
+    draft_length: int = 4
     cache: str = "dynamic"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check(self.cache)
-        for name in ("num_beams", "num_beam_groups"):
+        for name in ("num_beams", "num_beam_groups", "draft_length"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value}: give a whole number from 1 up")
@@ -84,6 +91,16 @@ class Decoding(Sampler):
                 raise ValueError(f"{name} searches and does not draw: leave temperature at 0")
         if self.num_beams > 1 and self.penalty_alpha is not None:
             raise ValueError("num_beams and penalty_alpha are two methods; choose one")
+        if isinstance(self.draft, str) and self.draft not in ("lookup", "mtp"):
+            raise ValueError(f"draft={self.draft!r}: give 'lookup', 'mtp' or a model")
+        if self.draft is not None:
+            for name, on in (("num_beams", self.num_beams > 1), ("penalty_alpha", self.penalty_alpha is not None)):
+                if on:
+                    raise ValueError(f"draft speeds up plain decoding; {name} decodes otherwise: leave one out")
+            if self.cache not in ("dynamic", "int8", "int4"):
+                raise ValueError(
+                    f"draft takes tokens back, which cache={self.cache!r} cannot: use dynamic, int8 or int4"
+                )
         filters = ("top_p", "min_p", "typical_p", *(("top_k",) if self.penalty_alpha is None else ()))
         if (self.num_beams > 1 or self.penalty_alpha is not None) and any(getattr(self, name) for name in filters):
             raise ValueError(f"{', '.join(filters)} narrow what is drawn; num_beams and penalty_alpha do not draw")

@@ -74,6 +74,17 @@ class Prompts:
             [request.generator for request in requests],
         )
 
+    def alone(self) -> Iterator[Prompts]:
+        """Each row by itself."""
+        if len(self.names) == 1:
+            yield self
+            return
+        for row, ids in enumerate(self.ids):
+            if "batch" in self.inputs:
+                raise ValueError("prompts of a batch do not come apart; make each of its own request")
+            inputs = {"input_ids": ids[None], "attention_mask": torch.ones_like(ids, dtype=torch.bool)[None]}
+            yield Prompts(inputs, [ids], [self.names[row]], [self.generators[row]])
+
     def refuse(self, row: int, step: int) -> NoReturn:
         """Raises the ValueError for logits that are no numbers."""
         raise ValueError(

@@ -55,6 +55,12 @@ class ScriptedModel(nn.Module):
         self.rows_per_step.append(len(ids))
         return self._next(cache)
 
+    def advance(self, ids: Tensor, cache: ScriptCache) -> Tensor:
+        return torch.stack([self.step(ids[:, column], cache) for column in range(ids.shape[1])], 1)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return hidden
+
     def _next(self, cache: ScriptCache) -> Tensor:
         """(B, V) logits that leave no choice."""
         ids = torch.tensor([answer.pop(0) for answer in cache.left])

@@ -55,8 +55,17 @@ class RecurrentModel(nn.Module):
         return SimpleNamespace(hidden=torch.stack(states, 1), head=self.head, sequence=SimpleNamespace(mask=mask))
 
     def step(self, ids, cache):
-        cache.h = torch.tanh(cache.h @ self.recur + self.embed[ids])
-        return self.head(cache.h)
+        return self.logits(self.advance(ids[:, None], cache)[:, 0])
+
+    def advance(self, ids, cache):
+        states = []
+        for column in range(ids.shape[1]):
+            cache.h = torch.tanh(cache.h @ self.recur + self.embed[ids[:, column]])
+            states.append(cache.h)
+        return torch.stack(states, 1)
+
+    def logits(self, hidden):
+        return self.head(hidden)
 
 
 class RowState:

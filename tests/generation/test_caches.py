@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -51,8 +53,9 @@ def prompts() -> tuple[Tensor, Tensor]:
     return ids, torch.tensor([[1] * n + [0] * (13 - n) for n in (13, 6, 2)])
 
 
-def steps(model: MultimodalModel, cache, ids: Tensor, mask: Tensor, further: Tensor) -> Tensor:
+def steps(model: MultimodalModel, cache, prompts: tuple[Tensor, Tensor], further: Tensor) -> Tensor:
     """Logits after the prompts and after each of further (B, N): (B, N + 1, V)."""
+    ids, mask = prompts
     with torch.no_grad():
         output = model(input_ids=ids, attention_mask=mask, cache=cache)
         logits = [output.logits[torch.arange(len(ids)), mask.sum(1) - 1]]
@@ -69,8 +72,8 @@ def test_a_window_is_exact_and_bounded(tokenizer, prompts, window, positions, fu
     model = model_of(tokenizer, *layers)
     further = torch.randint(0, VOCABULARY, (3, 20), generator=torch.Generator().manual_seed(2))
     cache, everything = WindowedCache(len(layers)), model.new_cache()
-    found = steps(model, cache, *prompts, further)
-    expected = steps(model, everything, *prompts, further)
+    found = steps(model, cache, prompts, further)
+    expected = steps(model, everything, prompts, further)
     # The same sums over keys in another order, float32.
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
     kept = cache.layers[0]["keys"].shape[1]
@@ -98,9 +101,9 @@ def test_rows_leave_and_double(tokenizer, prompts) -> None:
     model = model_of(tokenizer, grouped(window=5))
     further = torch.randint(0, VOCABULARY, (3, 8), generator=torch.Generator().manual_seed(2))
     alone = WindowedCache(1)
-    expected = steps(model, alone, *prompts, further)
+    expected = steps(model, alone, prompts, further)
     cache = WindowedCache(1)
-    steps(model, cache, *prompts, further[:, :4])
+    steps(model, cache, prompts, further[:, :4])
     rows = torch.tensor([2, 0, 2])
     cache.keep(rows)
     with torch.no_grad():
@@ -117,7 +120,7 @@ def test_sinks_are_those_of_a_prompt_that_has_only_them(tokenizer, mixer) -> Non
     model = model_of(tokenizer, mixer)
     ids = torch.randint(0, VOCABULARY, (2, 30), generator=torch.Generator().manual_seed(3))
     cache = WindowedCache(1, StreamingSinks(3, 6))
-    found = steps(model, cache, ids[:, :4], torch.ones(2, 4, dtype=torch.long), ids[:, 4:])
+    found = steps(model, cache, (ids[:, :4], torch.ones(2, 4, dtype=torch.long)), ids[:, 4:])
     for length in (5, 9, 10, 17, 30):
         kept = ids[:, :length] if length <= 9 else torch.cat([ids[:, :3], ids[:, length - 6 : length]], 1)
         with torch.no_grad():
@@ -130,7 +133,7 @@ def test_sinks_after_a_long_prompt(tokenizer) -> None:
     model = model_of(tokenizer, grouped(), grouped())
     ids = torch.randint(0, VOCABULARY, (1, 40), generator=torch.Generator().manual_seed(3))
     cache = WindowedCache(2, StreamingSinks(2, 5))
-    logits = steps(model, cache, ids[:, :20], torch.ones(1, 20, dtype=torch.long), ids[:, 20:])
+    logits = steps(model, cache, (ids[:, :20], torch.ones(1, 20, dtype=torch.long)), ids[:, 20:])
     assert logits.isfinite().all() and cache.layers[1]["keys"].shape[1] == 7
     size = cache.bytes()
     with torch.no_grad():
@@ -162,9 +165,9 @@ def test_int8_is_near_and_smaller(tokenizer, prompts, mixer) -> None:
     model = model_of(tokenizer, mixer, mixer)
     further = torch.randint(0, VOCABULARY, (3, 10), generator=torch.Generator().manual_seed(2))
     everything = model.new_cache()
-    expected = steps(model, everything, *prompts, further)
+    expected = steps(model, everything, prompts, further)
     caches = {bits: QuantisedCache(2, bits) for bits in (8, 4)}
-    off = {bits: (steps(model, cache, *prompts, further) - expected).std() for bits, cache in caches.items()}
+    off = {bits: (steps(model, cache, prompts, further) - expected).std() for bits, cache in caches.items()}
     assert 0 < off[8] < 0.03 * expected.std() and off[8] < off[4]
     assert caches[4].bytes() < caches[8].bytes() < 0.6 * everything.bytes()
 
@@ -172,7 +175,8 @@ def test_int8_is_near_and_smaller(tokenizer, prompts, mixer) -> None:
 def test_eviction_keeps_what_is_attended_to(tokenizer) -> None:
     """A layer whose queries look for one kind of token: it stays, however long ago it was."""
     model = model_of(tokenizer, grouped(heads=2, kv_heads=2, positions=None))
-    mixer, embed = model.decoder.layers[0].mixer, model.decoder.embed.weight
+    mixer: Any = model.decoder.layers[0].get_submodule("mixer")
+    embed = model.decoder.embed.weight
     with torch.no_grad():
         embed.normal_()
         mixer.qkv.weight.zero_()
@@ -186,7 +190,7 @@ def test_eviction_keeps_what_is_attended_to(tokenizer) -> None:
     ids = torch.randint(8, VOCABULARY, (2, 60), generator=torch.Generator().manual_seed(0))
     ids[:, 20] = 7
     cache = EvictingCache(1, budget=16, recent=8)
-    steps(model, cache, ids[:, :40], torch.ones(2, 40, dtype=torch.long), ids[:, 40:])
+    steps(model, cache, (ids[:, :40], torch.ones(2, 40, dtype=torch.long)), ids[:, 40:])
     kept = cache.layers[0]["index"]
     assert kept.shape == (2, 16)
     assert (kept == 20).any(1).all()
@@ -196,8 +200,8 @@ def test_eviction_keeps_what_is_attended_to(tokenizer) -> None:
 def test_a_budget_that_is_never_reached_changes_nothing(tokenizer, prompts) -> None:
     model = model_of(tokenizer, grouped(), grouped(window=4))
     further = torch.randint(0, VOCABULARY, (3, 10), generator=torch.Generator().manual_seed(2))
-    found = steps(model, EvictingCache(2, 64), *prompts, further)
-    assert torch.equal(found, steps(model, model.new_cache(), *prompts, further))
+    found = steps(model, EvictingCache(2, 64), prompts, further)
+    assert torch.equal(found, steps(model, model.new_cache(), prompts, further))
 
 
 def test_by_name(tokenizer, prompts) -> None:

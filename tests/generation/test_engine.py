@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -129,11 +130,10 @@ def test_nan_logits_name_the_request(model, samples):
         ({"max_length": 20}, "sample q1: a prompt of .* exceed the context of 20"),
     ],
 )
-def test_nonsense_options_are_one_clear_error(model, ask, options, message):
+def test_nonsense_options_are_one_clear_error(model, ask, options: dict[str, Any], message):
+    options = {"max_new_tokens": 5, **options}
     with pytest.raises(ValueError, match=message):
-        generate(
-            model, [ask("a", "q0"), ask("what colour is the shape?" * 3, "q1")], **{"max_new_tokens": 5, **options}
-        )
+        generate(model, [ask("a", "q0"), ask("what colour is the shape?" * 3, "q1")], **options)
 
 
 def test_nonsense_prompts_are_one_clear_error(model, ask):
@@ -213,7 +213,8 @@ def test_a_stopped_stream_frees_its_cache(model, ask, how, monkeypatch):
 
 
 def test_stream_complains_before_the_first_piece(model, ask):
-    for options in ({"max_new_tokens": 0}, {"top_k": 0}, {"max_length": 3}):
+    wrong: list[Any] = [{"max_new_tokens": 0}, {"top_k": 0}, {"max_length": 3}, {"num_beams": 2}]
+    for options in wrong:
         with pytest.raises(ValueError):
             stream(model, ask("red?"), **options)
 

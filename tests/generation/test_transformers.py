@@ -21,14 +21,16 @@ SIZES: dict[str, Any] = {
     "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 24,
     "num_hidden_layers": 2, "vocab_size": 61,
 }  # fmt: skip
+LATENT_SIZES: dict[str, Any] = SIZES | {
+    "num_key_value_heads": 4, "kv_lora_rank": 8, "q_lora_rank": 12, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4,
+    "v_head_dim": 6, "n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 4, "topk_group": 2,
+    "moe_intermediate_size": 10, "first_k_dense_replace": 1,
+}  # fmt: skip
+MOE: dict[str, Any] = {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
 CONFIGS = {
     "llama": LlamaConfig(**SIZES),
-    "qwen3_moe": Qwen3MoeConfig(**SIZES, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=12),
-    "deepseek_v3": DeepseekV3Config(
-        **SIZES | {"num_key_value_heads": 4},
-        kv_lora_rank=8, q_lora_rank=12, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=6, n_routed_experts=8,
-        num_experts_per_tok=2, n_group=4, topk_group=2, moe_intermediate_size=10, first_k_dense_replace=1,
-    ),
+    "qwen3_moe": Qwen3MoeConfig(**SIZES, **MOE),
+    "deepseek_v3": DeepseekV3Config(**LATENT_SIZES),
     "gpt_oss": GptOssConfig(
         **SIZES, head_dim=8, num_local_experts=4, num_experts_per_tok=2, sliding_window=6,
         layer_types=["sliding_attention", "full_attention"],
@@ -126,7 +128,7 @@ def test_filtered_distributions(seed: int) -> None:
 def test_the_order_of_the_filters_is_theirs() -> None:
     logits = 3 * torch.randn(4, 200, generator=torch.Generator().manual_seed(0))
     ids = torch.randint(0, 200, (4, 9), generator=torch.Generator().manual_seed(1))
-    chain = theirs.LogitsProcessorList(
+    chain: Any = theirs.LogitsProcessorList(
         [
             theirs.RepetitionPenaltyLogitsProcessor(1.2), theirs.TemperatureLogitsWarper(1.4),
             theirs.TopKLogitsWarper(50), theirs.TopPLogitsWarper(0.9), theirs.MinPLogitsWarper(0.02),

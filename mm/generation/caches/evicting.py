@@ -34,6 +34,10 @@ class EvictingCache(Cache):
             raise ValueError(f"EvictingCache: budget {budget} must be above recent {recent}, and both above 0")
         self.budget, self.recent = budget, recent
 
+    def drop_last(self, count: int) -> None:
+        """Raises ValueError: what was evicted does not come back."""
+        raise ValueError("draft: this cache cannot take tokens back; use cache dynamic, int8 or int4")
+
     def extend(
         self, layer: int, layout: Layout, window: Window | None = None, shift: Shift | None = None, **new: Tensor
     ) -> tuple[Layout, Window | None, list[Tensor]]:

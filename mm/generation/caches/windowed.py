@@ -101,6 +101,10 @@ class WindowedCache(Cache):
         for ring in self.rings.values():
             ring.keep(rows)
 
+    def drop_last(self, count: int) -> None:
+        """Raises ValueError: what a window has lost does not come back."""
+        raise ValueError("draft: this cache cannot take tokens back; use cache dynamic, int8 or int4")
+
     def extend(
         self, layer: int, layout: Layout, window: Window | None = None, shift: Shift | None = None, **new: Tensor
     ) -> tuple[Layout, Window | None, list[Tensor]]:
