@@ -157,11 +157,6 @@ def test_what_cannot_be_is_refused(model, tokenizer) -> None:
         generate_ids(model_of(tokenizer, 0), ids, draft="mtp")
     other = [{"num_beams": 2}, {"penalty_alpha": 0.5, "top_k": 4}]
     refused: list[Any] = [*other, {"cache": "window"}, {"cache": "evict:64"}]
-        {"num_beams": 2},
-        {"penalty_alpha": 0.5, "top_k": 4},
-        {"cache": "window"},
-        {"cache": "evict:64"},
-    ]
     for options in refused:
         with pytest.raises(ValueError, match="draft"):
             Decoding(draft="lookup", **options)
