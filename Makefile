@@ -8,7 +8,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-EXTRAS := demo,eval,dev,hf,curate,parquet
+EXTRAS := demo,eval,dev,hf,curate,parquet,constrained
 SECONDS_FILE := $(VENV)/.install-seconds
 
 .PHONY: demo test lint bench clean-demo venv clock

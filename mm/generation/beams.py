@@ -11,10 +11,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from mm.generation.caches.choose import make
 from mm.generation.options import Decoding
-from mm.generation.requests import GenerativeModel, Prompts, read
-from mm.generation.sampling import History
+from mm.generation.requests import GenerativeModel, Prompts
+from mm.generation.rows import Rows
 
 
 @dataclass(frozen=True)
@@ -59,24 +58,23 @@ def beam_search(
 
     Raises ValueError naming the row whose logits are no numbers.
     """
-    cache = make(model, decoding.cache)
-    logits = read(model, prompts, cache)
+    carried = Rows(model, prompts, decoding, stops)
+    logits = carried.read()
     per_group = decoding.num_beams // decoding.num_beam_groups
     searches = [[Group(per_group, [Hypothesis(0.0, [])]) for _ in range(decoding.num_beam_groups)] for _ in prompts.ids]
-    history = History.of(prompts.ids, logits.shape[-1], logits.device) if decoding.needs_history else None
     at = list(range(len(searches)))  # of each row of logits, the request it belongs to
     live = list(range(len(searches)))
     for step in range(1, max_new_tokens + 1):
-        log_p = logits.float().log_softmax(-1)
+        log_p = logits.log_softmax(-1)
         invalid = ~log_p.amax(-1).isfinite()
         if bool(invalid.any()):
             prompts.refuse(at[int(invalid.nonzero()[0])], step)
-        log_p = decoding.penalise(log_p, history)
+        log_p = decoding.penalise(carried.mask(log_p), carried.history)
         rows, tokens, at, start = [], [], [], 0
         for request in live:
             groups = searches[request]
             width = sum(len(group.running) for group in groups) if step > 1 else 1
-            found = _grow(groups, log_p[start : start + width], decoding, stops, step, max_new_tokens)
+            found = _grow(groups, log_p[start : start + width], carried, step, max_new_tokens)
             rows += [start + row for row, _ in found]
             tokens += [token for _, token in found]
             at += [request] * len(found)
@@ -85,18 +83,14 @@ def beam_search(
         if not live or step == max_new_tokens:
             break
         kept, ids = (torch.tensor(each, device=logits.device) for each in (rows, tokens))
-        cache.keep(kept)
-        if history is not None:
-            history.keep(kept)
-            history.push(ids)
-        logits = model.step(ids, cache)
+        carried.keep(kept)
+        logits = carried.step(ids)
     return [sorted((h for group in groups for h in group.ended), key=lambda h: -h.score) for groups in searches]
 
 
-def _grow(
-    groups: list[Group], log_p: Tensor, decoding: Decoding, stops: Collection[int], step: int, max_new_tokens: int
-) -> list[tuple[int, int]]:
+def _grow(groups: list[Group], log_p: Tensor, carried: Rows, step: int, max_new_tokens: int) -> list[tuple[int, int]]:
     """One step of a request, log_p (its rows, V): its new running beams as (row, token), and what has ended noted."""
+    decoding = carried.decoding
     taken = log_p.new_zeros(log_p.shape[-1])
     found: list[tuple[int, int]] = []
     first = 0
@@ -109,25 +103,27 @@ def _grow(
         scores = torch.tensor([h.score for h in group.running], device=rows.device)[:, None] + rows
         scores = scores - decoding.diversity_penalty * taken
         # Enough candidates that `size` of them go on even if every stop is among the best.
-        count = min(max(2, 1 + len(stops)) * group.size, scores.numel())
+        count = min(max(2, 1 + len(carried.stops)) * group.size, scores.numel())
         best, places = scores.flatten().topk(count)
         running: list[Hypothesis] = []
         chosen: list[tuple[int, int]] = []
+        said: list[int] = []
         for rank, (score, place) in enumerate(zip(best.tolist(), places.tolist(), strict=True)):
             row, token = divmod(place, log_p.shape[-1])
             longer = Hypothesis(score, [*group.running[row].ids, token])
-            ends = token in stops or step == max_new_tokens
+            ends = carried.ends(longer.ids) or step == max_new_tokens
             if ends and rank < group.size:
                 group.end(Hypothesis(score / step**decoding.length_penalty, longer.ids))
+                said.append(token)
             if not ends and len(running) < group.size and score > float("-inf"):
                 running.append(longer)
                 chosen.append((base + row, token))
+                said.append(token)
+        for token in said:
+            taken[token] += 1
         group.running = running
         if group.is_done(step, max_new_tokens, decoding):
             group.running = []
-            continue
-        found += chosen
-        taken.index_add_(
-            0, torch.tensor([token for _, token in chosen], device=taken.device), taken.new_ones(len(chosen))
-        )
+        else:
+            found += chosen
     return found

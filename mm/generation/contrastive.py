@@ -7,10 +7,9 @@ from collections.abc import Collection
 import torch
 import torch.nn.functional as F
 
-from mm.generation.caches.choose import make
 from mm.generation.options import Decoding
-from mm.generation.requests import GenerativeModel, Prompts, Steps
-from mm.generation.sampling import History
+from mm.generation.requests import GenerativeModel, Prompts, Step, Steps
+from mm.generation.rows import Rows
 
 
 @torch.inference_mode()
@@ -22,38 +21,39 @@ def contrastive_search(
     A candidate's likeness is the largest cosine between its last hidden state and that of any position before it.
     """
     assert decoding.penalty_alpha is not None and decoding.top_k is not None
-    cache = make(model, decoding.cache)
+    carried = Rows(model, prompts, decoding, stops)
+    cache = carried.cache
     output = model(**prompts.inputs, cache=cache)
     mask = output.sequence.mask
     said = F.normalize(output.hidden.float(), dim=-1)  # (R, T, D)
     rows, device = list(range(len(prompts.names))), said.device
     logits = output.head(output.hidden[torch.arange(len(rows), device=device), mask.sum(dim=1) - 1]).float()
-    history = History.of(prompts.ids, logits.shape[-1], device) if decoding.needs_history else None
+    carried.begin(logits)
     del output
     for step in range(1, max_new_tokens + 1):
-        p = decoding.penalise(logits, history).softmax(-1)
+        p = decoding.penalise(carried.mask(logits), carried.history).softmax(-1)
         if bool((invalid := ~p.amax(-1).isfinite()).any()):
             prompts.refuse(rows[int(invalid.nonzero()[0])], step)
         p, candidates = p.topk(min(decoding.top_k, p.shape[-1]))  # (R, k)
         width = p.shape[-1]
-        cache.keep(torch.arange(len(rows), device=device).repeat_interleave(width))
+        carried.keep(torch.arange(len(rows), device=device).repeat_interleave(width))
         hidden = model.advance(candidates.reshape(-1, 1), cache)[:, 0].unflatten(0, (-1, width))  # (R, k, D)
         likeness = torch.einsum("rtd,rkd->rtk", said, F.normalize(hidden.float(), dim=-1))
         likeness = likeness.masked_fill(~mask[..., None], -1.0).amax(1)
+        likeness = likeness.masked_fill(p == 0, torch.inf)  # what the form forbids is among the k where it leaves fewer
         best = ((1 - decoding.penalty_alpha) * p - decoding.penalty_alpha * likeness).argmax(-1)
         every = torch.arange(len(rows), device=device)
         chosen, hidden = candidates[every, best], hidden[every, best]
         ids = chosen.tolist()
-        yield rows, ids
-        going = [place for place, token in enumerate(ids) if token not in stops]
+        yield Step(rows, ids)
+        # The tails are of rows times candidates here: each row's own stands at its first.
+        going = [place for place, token in enumerate(ids) if not carried.ends([*carried.tails[place * width], token])]
         if not going or step == max_new_tokens:
             return
         kept = torch.tensor(going, device=device)
-        cache.keep(kept * width + best[kept])
+        carried.keep(kept * width + best[kept])
+        carried.push(chosen[kept])
         said = torch.cat([said, F.normalize(hidden.float(), dim=-1)[:, None]], 1)[kept]
         mask = F.pad(mask, (0, 1), value=True)[kept]
         rows = [rows[place] for place in going]
-        if history is not None:
-            history.keep(kept)
-            history.push(chosen[kept])
         logits = model.logits(hidden[kept]).float()

@@ -15,25 +15,27 @@ import torch
 from torch import Tensor
 
 from mm.generation.beams import beam_search
-from mm.generation.caches.choose import make
 from mm.generation.contrastive import contrastive_search
 from mm.generation.options import Decoding, Options
 from mm.generation.requests import (
     GenerativeModel,
     Prompts,
     Request,
+    Step,
     Steps,
+    TokenLogprob,
     batches,
     check_at_least_one,
     check_model,
     encode_requests,
     pad_right,
-    read,
     request_generator,
     stop_ids,
 )
-from mm.generation.sampling import INVALID, History
+from mm.generation.rows import Rows
+from mm.generation.sampling import INVALID
 from mm.generation.speculative import speculate
+from mm.generation.stopping import Cutter, cut_before
 from mm.tokenizers.text import StreamDecoder
 from mm.types import Sample
 
@@ -42,13 +44,15 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True)
 class Generation:
-    """An answer. `ids` are its tokens without the closing special; `finish_reason` is "stop" when the model closed its
-    turn and "length" when `max_new_tokens` cut it; `prompt_length` counts decoder positions, media included."""
+    """An answer. `ids` are its tokens without the closing special; `text` ends before a stop string. `finish_reason` is
+    "stop" when the model closed its turn or wrote a stop string, and "length" when `max_new_tokens` cut it;
+    `prompt_length` counts decoder positions, media included; `logprobs`, if asked for, are of `ids`, one each."""
 
     text: str
     ids: list[int]
     finish_reason: FinishReason
     prompt_length: int
+    logprobs: list[TokenLogprob] | None = None
 
 
 def generate(
@@ -110,19 +114,20 @@ class Stream(Iterator[str]):
     def _read(
         self, model: GenerativeModel, request: Request, decoding: Decoding, max_new_tokens: int
     ) -> Generator[str, None, None]:
-        decoder = StreamDecoder(model.tokenizer)
+        decoder, cutter = StreamDecoder(model.tokenizer), Cutter(decoding.stop_strings)
         stops = stop_ids(model)
         reason: FinishReason = "length"
-        for _, (token,) in steps(model, Prompts.of(model, [request]), decoding, stops, max_new_tokens):
+        for step in steps(model, Prompts.of(model, [request]), decoding, stops, max_new_tokens):
+            token = step.ids[0]
             if token in stops:
                 reason = "stop"
                 break
             self.ids.append(token)
-            if piece := decoder.push(token):
+            if piece := cutter.push(decoder.push(token)):
                 yield piece
-        if piece := decoder.flush():
+        if piece := cutter.push(decoder.flush()) + cutter.flush():
             yield piece
-        self.finish_reason = reason
+        self.finish_reason = "stop" if cutter.done else reason
 
     def __next__(self) -> str:
         return next(self._pieces)
@@ -185,7 +190,7 @@ def generate_ids(
     )
     stops = stop_ids(model) if stop is None else stop
     collected = decode(model, prompts, decoding, stops, max_new_tokens)
-    answers = [torch.tensor(row) for row in collected]
+    answers = [torch.tensor(ids) for ids, _ in collected]
     return torch.nn.utils.rnn.pad_sequence(answers, batch_first=True, padding_value=pad_id).to(model.device)
 
 
@@ -195,24 +200,32 @@ def _answer(
     stops = stop_ids(model)
     answers: list[Generation] = []
     found = decode(model, Prompts.of(model, requests), decoding, stops, max_new_tokens)
-    for request, ids in zip(requests, found, strict=True):
-        reason: FinishReason = "stop" if ids[-1] in stops else "length"
-        ids = ids[:-1] if reason == "stop" else ids
-        answers.append(Generation(model.tokenizer.decode(ids), ids, reason, request.encoded.length))
+    for request, (ids, logprobs) in zip(requests, found, strict=True):
+        closed = ids[-1] in stops
+        ids = ids[:-1] if closed else ids
+        whole = model.tokenizer.decode(ids)
+        text = cut_before(whole, decoding.stop_strings)
+        reason: FinishReason = "stop" if closed or len(text) < len(whole) else "length"
+        logprobs = None if logprobs is None else logprobs[: len(ids)]
+        answers.append(Generation(text, ids, reason, request.encoded.length, logprobs))
     return answers
 
 
 def decode(
     model: GenerativeModel, prompts: Prompts, decoding: Decoding, stops: Collection[int], max_new_tokens: int
-) -> list[list[int]]:
-    """The ids of each prompt's answer, up to and with the first that is in `stops`."""
+) -> list[tuple[list[int], list[TokenLogprob] | None]]:
+    """The ids of each prompt's answer, the first that is in `stops` included; and how likely each was, if asked for."""
     if decoding.num_beams > 1:
-        return [best.ids for best, *_ in beam_search(model, prompts, decoding, stops, max_new_tokens)]
+        return [(best.ids, None) for best, *_ in beam_search(model, prompts, decoding, stops, max_new_tokens)]
     collected: list[list[int]] = [[] for _ in prompts.names]
-    for rows, chosen in steps(model, prompts, decoding, stops, max_new_tokens):
-        for row, token in zip(rows, chosen, strict=True):
-            collected[row].append(token)
-    return collected
+    logprobs: list[list[TokenLogprob]] = [[] for _ in prompts.names]
+    for step in steps(model, prompts, decoding, stops, max_new_tokens):
+        for place, row in enumerate(step.rows):
+            collected[row].append(step.ids[place])
+            if step.logprobs is not None:
+                logprobs[row].append(step.logprobs[place])
+    asked = decoding.logprobs is not None
+    return [(ids, likely if asked else None) for ids, likely in zip(collected, logprobs, strict=True)]
 
 
 def steps(
@@ -238,8 +251,8 @@ def _in_turn(
 ) -> Steps:
     """A method that knows one prompt at a time, for several."""
     for row, alone in enumerate(prompts.alone()):
-        for _, ids in method(model, alone, decoding, stops, max_new_tokens):
-            yield [row], ids
+        for step in method(model, alone, decoding, stops, max_new_tokens):
+            yield step._replace(rows=[row])
 
 
 @torch.inference_mode()
@@ -247,25 +260,32 @@ def _one_by_one(
     model: GenerativeModel, prompts: Prompts, decoding: Decoding, stops: Collection[int], max_new_tokens: int
 ) -> Steps:
     """Greedy decoding and sampling: each token is chosen from the model's distribution, and that is that."""
-    cache = make(model, decoding.cache)
-    logits = read(model, prompts, cache)
-    history = History.of(prompts.ids, logits.shape[-1], logits.device) if decoding.needs_history else None
+    carried = Rows(model, prompts, decoding, stops)
+    logits = carried.read()
     rows = list(range(len(prompts.names)))
     for step in range(1, max_new_tokens + 1):
-        chosen = decoding.choose(logits, [prompts.generators[row] for row in rows], history)
+        chosen = decoding.choose(carried.mask(logits), [prompts.generators[row] for row in rows], carried.history)
         ids = chosen.tolist()  # the one wait for the device in a step
         if INVALID in ids:
             prompts.refuse(rows[ids.index(INVALID)], step)
-        yield rows, ids
-        going = [place for place, token in enumerate(ids) if token not in stops]
+        yield Step(rows, ids, None if decoding.logprobs is None else _logprobs(logits, ids, decoding.logprobs))
+        going = carried.going(ids)
         if not going or step == max_new_tokens:
             return
         if len(going) < len(rows):
             kept = torch.tensor(going, device=chosen.device)
-            cache.keep(kept)
-            if history is not None:
-                history.keep(kept)
+            carried.keep(kept)
             chosen, rows = chosen[kept], [rows[place] for place in going]
-        if history is not None:
-            history.push(chosen)
-        logits = model.step(chosen, cache).float()
+        logits = carried.step(chosen)
+
+
+def _logprobs(logits: Tensor, ids: list[int], top: int) -> list[TokenLogprob]:
+    """Of each row of logits (B, V) the log probability of its id, and the `top` likeliest."""
+    log_p = logits.log_softmax(-1)
+    best, places = log_p.topk(min(top, log_p.shape[-1]), dim=-1)
+    chosen = log_p.gather(1, torch.tensor(ids, device=log_p.device)[:, None])[:, 0].tolist()
+    alternatives = zip(places.tolist(), best.tolist(), strict=True)
+    return [
+        TokenLogprob(token, value, list(zip(*pairs, strict=True)))
+        for token, value, pairs in zip(ids, chosen, alternatives, strict=True)
+    ]

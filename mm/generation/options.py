@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypedDict
 
 from mm.generation.caches.choose import check
+from mm.generation.constraints import Form
 from mm.generation.sampling import Sampler
 
 
@@ -26,6 +28,13 @@ class Options(TypedDict, total=False):
     length_penalty: float
     early_stopping: bool | Literal["never"]
     penalty_alpha: float | None
+    amateur: Any
+    amateur_alpha: float
+    stop_strings: Sequence[str]
+    logprobs: int | None
+    regex: str | None
+    json_schema: str | dict[str, Any] | bool | None
+    grammar: str | None
     cache: str
     draft: Any
     draft_length: int
@@ -44,6 +53,12 @@ class Decoding(Sampler):
     penalty_alpha      contrastive search (Su et al. 2022, arXiv 2202.06417): of the `top_k` likeliest tokens that with
                        the best (1 - alpha) * probability - alpha * likeness to what is already there
 
+    amateur            contrastive decoding (Li et al. 2023, arXiv 2210.15097): a smaller model with the same tokenizer;
+                       what counts is how much likelier a token is than to it, among those with at least `amateur_alpha`
+                       times the probability of the likeliest
+    stop_strings       the answer ends before the first of them
+    logprobs           also say how likely each token was, and so many of the likeliest at its place
+    regex              the whole answer matches it;  json_schema, grammar: as in mm.generation.constraints.Form
     draft              speculative decoding: a smaller model with the same tokenizer, "lookup" (what followed the same
                        words before) or "mtp" (the model's own prediction modules) proposes `draft_length` tokens, which
                        the model checks in one pass
@@ -58,13 +73,35 @@ class Decoding(Sampler):
     length_penalty: float = 1.0
     early_stopping: bool | Literal["never"] = False
     penalty_alpha: float | None = None
+    amateur: Any = None
+    amateur_alpha: float = 0.1
+    stop_strings: Sequence[str] = ()
+    logprobs: int | None = None
+    regex: str | None = None
+    json_schema: str | dict[str, Any] | bool | None = None
+    grammar: str | None = None
     draft: Any = None
     draft_length: int = 4
     cache: str = "dynamic"
 
+    @property
+    def form(self) -> Form | None:
+        """What the answer must look like, or None."""
+        if self.regex is None and self.json_schema is None and self.grammar is None:
+            return None
+        return Form(self.regex, self.json_schema, self.grammar)
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        _ = self.form  # refuses more than one
         check(self.cache)
+        self._check_values()
+        given = {name for name, is_on in SWITCHES.items() if is_on(self)}
+        for pair, why in REFUSED.items():
+            if given.issuperset(pair):
+                raise ValueError(f"{' and '.join(pair)} do not go together: {why}")
+
+    def _check_values(self) -> None:
         for name in ("num_beams", "num_beam_groups", "draft_length"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -75,32 +112,50 @@ class Decoding(Sampler):
             raise ValueError(f"early_stopping={self.early_stopping!r}: give True, False or 'never'")
         if not 0 <= self.diversity_penalty < float("inf"):
             raise ValueError(f"diversity_penalty={self.diversity_penalty}: give a finite number from 0 up")
-        if self.diversity_penalty and self.num_beam_groups == 1:
-            raise ValueError(f"diversity_penalty={self.diversity_penalty} needs num_beam_groups above 1")
-        if self.num_beam_groups > 1 and not self.diversity_penalty:
-            raise ValueError("num_beam_groups above 1 needs a diversity_penalty: without it all groups are the same")
+        if (self.num_beam_groups > 1) != (self.diversity_penalty > 0):
+            raise ValueError("num_beam_groups above 1 and a diversity_penalty above 0 need one another")
         if self.penalty_alpha is not None:
             if not 0 <= self.penalty_alpha <= 1:
                 raise ValueError(f"penalty_alpha={self.penalty_alpha}: give a number from 0 to 1")
             if self.top_k is None or self.top_k < 2:
-                raise ValueError(
-                    "penalty_alpha chooses among the top_k likeliest tokens: give top_k from 2 up (4 is usual)"
-                )
-        for name, on in (("num_beams", self.num_beams > 1), ("penalty_alpha", self.penalty_alpha is not None)):
-            if on and not self.greedy:
-                raise ValueError(f"{name} searches and does not draw: leave temperature at 0")
-        if self.num_beams > 1 and self.penalty_alpha is not None:
-            raise ValueError("num_beams and penalty_alpha are two methods; choose one")
+                raise ValueError("penalty_alpha chooses among the top_k likeliest tokens: give top_k from 2 up (say 4)")
+        if not 0 < self.amateur_alpha <= 1:
+            raise ValueError(f"amateur_alpha={self.amateur_alpha}: give a share above 0 and at most 1")
         if isinstance(self.draft, str) and self.draft not in ("lookup", "mtp"):
             raise ValueError(f"draft={self.draft!r}: give 'lookup', 'mtp' or a model")
-        if self.draft is not None:
-            for name, on in (("num_beams", self.num_beams > 1), ("penalty_alpha", self.penalty_alpha is not None)):
-                if on:
-                    raise ValueError(f"draft speeds up plain decoding; {name} decodes otherwise: leave one out")
-            if self.cache not in ("dynamic", "int8", "int4"):
-                raise ValueError(
-                    f"draft takes tokens back, which cache={self.cache!r} cannot: use dynamic, int8 or int4"
-                )
-        filters = ("top_p", "min_p", "typical_p", *(("top_k",) if self.penalty_alpha is None else ()))
-        if (self.num_beams > 1 or self.penalty_alpha is not None) and any(getattr(self, name) for name in filters):
-            raise ValueError(f"{', '.join(filters)} narrow what is drawn; num_beams and penalty_alpha do not draw")
+        if isinstance(self.stop_strings, str) or not all(isinstance(s, str) and s for s in self.stop_strings):
+            raise ValueError(f"stop_strings={self.stop_strings!r}: give a list of strings, none of them empty")
+        if self.logprobs is not None and (isinstance(self.logprobs, bool) or self.logprobs < 0):
+            raise ValueError(f"logprobs={self.logprobs}: give how many of the likeliest tokens to name, from 0 up")
+
+
+SWITCHES: dict[str, Callable[[Decoding], bool]] = {
+    "num_beams": lambda d: d.num_beams > 1,
+    "penalty_alpha": lambda d: d.penalty_alpha is not None,
+    "draft": lambda d: d.draft is not None,
+    "amateur": lambda d: d.amateur is not None,
+    "logprobs": lambda d: d.logprobs is not None,
+    "temperature": lambda d: not d.greedy,
+    "top_p, min_p or typical_p": lambda d: any(each is not None for each in (d.top_p, d.min_p, d.typical_p)),
+    "top_k": lambda d: d.top_k is not None,
+    "a cache that loses tokens": lambda d: d.cache not in ("dynamic", "int8", "int4"),
+}
+SEARCHES = "it searches for the best and draws nothing"
+OTHERWISE = "it decodes in a way of its own, not token by token"
+REFUSED: dict[tuple[str, str], str] = {
+    ("num_beams", "penalty_alpha"): "they are two methods",
+    ("num_beams", "temperature"): SEARCHES,
+    ("num_beams", "top_p, min_p or typical_p"): SEARCHES,
+    ("num_beams", "top_k"): SEARCHES,
+    ("penalty_alpha", "temperature"): SEARCHES,
+    ("penalty_alpha", "top_p, min_p or typical_p"): SEARCHES,
+    ("draft", "num_beams"): OTHERWISE,
+    ("draft", "penalty_alpha"): OTHERWISE,
+    ("draft", "amateur"): "a draft is checked against the model itself",
+    ("draft", "a cache that loses tokens"): "a draft's tokens are taken back; use cache dynamic, int8 or int4",
+    ("amateur", "penalty_alpha"): "they are two methods",
+    ("logprobs", "num_beams"): OTHERWISE,
+    ("logprobs", "penalty_alpha"): OTHERWISE,
+    ("logprobs", "draft"): OTHERWISE,
+    ("logprobs", "amateur"): "what is drawn from is no distribution of the model's",
+}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn, Protocol
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 import torch
 from torch import Tensor
@@ -16,7 +16,25 @@ from mm.datasets.processor import Encoded, Processor
 from mm.tokenizers.text import TextTokenizer
 from mm.types import MediaSpec, Sample
 
-Steps = Generator[tuple[list[int], list[int]], None, None]  # (rows still going, the id that each of them got)
+
+class TokenLogprob(NamedTuple):
+    """A token's log probability under the model itself, before penalties, temperature and filters; and the likeliest
+    tokens at its place, (id, log probability), best first."""
+
+    id: int
+    logprob: float
+    top: list[tuple[int, float]]
+
+
+class Step(NamedTuple):
+    """One step of a decoding loop: the rows still going, the id that each of them got and, if asked for, how likely."""
+
+    rows: list[int]
+    ids: list[int]
+    logprobs: list[TokenLogprob] | None = None
+
+
+Steps = Generator[Step, None, None]
 
 
 class GenerativeModel(Protocol):
@@ -105,6 +123,16 @@ def check_model(model: GenerativeModel) -> None:
     """Raises ValueError for a model in training mode: its dropout would make answers random without saying so."""
     if model.training:
         raise ValueError("the model is in training mode; call model.eval() before generating")
+
+
+def same_tokenizer(argument: str, other: GenerativeModel, model: GenerativeModel) -> None:
+    """Raises ValueError for a second model that cannot work with the first: in training mode, or with other ids."""
+    check_model(other)
+    if other.tokenizer.vocabulary() != model.tokenizer.vocabulary():
+        raise ValueError(
+            f"{argument}: its tokenizer is another than the model's, so its ids mean other text; give one of the same "
+            "family"
+        )
 
 
 def check_at_least_one(**arguments: int | None) -> None:

@@ -82,6 +82,14 @@ def penalise_counts(logits: Tensor, written: Tensor, presence: float, frequency:
     return logits - presence * (written > 0) - frequency * written
 
 
+def contrast(expert: Tensor, amateur: Tensor, alpha: float) -> Tensor:
+    """Contrastive decoding (Li et al. 2023, arXiv 2210.15097): log p_expert - log p_amateur of the tokens that the
+    expert gives at least `alpha` times the probability of its likeliest, for logits (B, V); the others at -inf."""
+    log_p = expert.log_softmax(dim=-1)
+    implausible = log_p < log_p.amax(dim=-1, keepdim=True) + math.log(alpha)
+    return (log_p - amateur.log_softmax(dim=-1)).masked_fill(implausible, -math.inf)
+
+
 @dataclass
 class History:
     """What penalties go by: `seen` (B, V) bool, the tokens of each row's prompt and answer; `written` (B, V) int64, how

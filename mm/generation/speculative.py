@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from mm.decoder.cache import Cache
-from mm.generation.caches.choose import make
 from mm.generation.options import Decoding
-from mm.generation.requests import GenerativeModel, Prompts, Steps, check_model, read
+from mm.generation.requests import GenerativeModel, Prompts, Step, Steps, read, same_tokenizer
+from mm.generation.rows import Rows
 from mm.generation.sampling import History, draw
 from mm.types import Sequence
 
@@ -67,56 +67,53 @@ def speculate(
     """
     counts = Counts() if counts is None else counts
     _check_takes_back(model)
-    cache = make(model, decoding.cache)
+    carried = Rows(model, prompts, decoding, stops)
+    cache = carried.cache
     output = model(**prompts.inputs, cache=cache)
     length = int(output.sequence.mask.sum())
     logits = output.head(output.hidden[:, length - 1]).float()
     generator = prompts.generators[0] if prompts.generators else torch.Generator()
-    history = History.of(prompts.ids, logits.shape[-1], logits.device) if decoding.needs_history else None
+    carried.begin(logits)
     drafter = _drafter(model, prompts, decoding, generator, output.hidden[:, :length], output.sequence)
     del output
     answer: list[int] = []
     draft, hidden = Draft([]), None
     while True:
-        new = _accept(logits, draft, decoding, history, generator, prompts, len(answer) + 1)
+        new = _accept(logits, draft, carried, generator, len(answer) + 1)
         counts.accepted += len(new) - 1
         if hidden is not None:
             cache.drop_last(len(draft.ids) - len(new) + 1)
             drafter.settle([*answer, *new], hidden[:, : len(new)])
         for token in new:
             answer.append(token)
-            yield [0], [token]
-            if token in stops or len(answer) == max_new_tokens:
+            yield Step([0], [token])
+            if carried.ends(answer) or len(answer) == max_new_tokens:
                 return
-        draft = drafter.propose(answer, min(decoding.draft_length, max_new_tokens - len(answer) - 1), history)
+        draft = drafter.propose(answer, min(decoding.draft_length, max_new_tokens - len(answer) - 1), carried.history)
         counts.drafted, counts.passes = counts.drafted + len(draft.ids), counts.passes + 1
         hidden = model.advance(torch.tensor([[answer[-1], *draft.ids]], device=logits.device), cache)
         logits = model.logits(hidden)[0].float()
 
 
-def _accept(
-    logits: Tensor,
-    draft: Draft,
-    decoding: Decoding,
-    history: History | None,
-    generator: torch.Generator,
-    prompts: Prompts,
-    step: int,
-) -> list[int]:
+def _accept(logits: Tensor, draft: Draft, carried: Rows, generator: torch.Generator, step: int) -> list[int]:
     """The drafted ids that stand, and one more: the model's own after the last of them. logits (n + 1, V)."""
     new: list[int] = []
+    decoding = carried.decoding
     for place in range(len(draft.ids) + 1):
         here = logits[place : place + 1]
         if not bool(here.amax().isfinite()):
-            prompts.refuse(0, step + place)
+            carried.prompts.refuse(0, step + place)
+        here = carried.mask(here)
         token = draft.ids[place] if place < len(draft.ids) else None
         if decoding.greedy:
-            chosen = int(decoding.penalise(here, history).argmax())
+            chosen = int(decoding.penalise(here, carried.history).argmax())
         else:
-            chosen = _test(decoding.filter(here, history)[0], token, draft.distributions, place, generator)
+            shaped = decoding.filter(here, carried.history)[0]
+            chosen = _test(shaped, token, draft.distributions, place, generator)
         new.append(chosen)
-        if history is not None:
-            history.push(torch.tensor([chosen], device=logits.device))
+        if chosen in carried.stops:
+            break
+        carried.push(torch.tensor([chosen], device=logits.device))
         if chosen != token:
             break
     return new
@@ -273,11 +270,7 @@ def _drafter(
     if decoding.draft == "mtp":
         return PredictionDrafter(model, decoding, generator, hidden, sequence)
     other = decoding.draft
-    if other.tokenizer.vocabulary() != model.tokenizer.vocabulary():
-        raise ValueError(
-            "draft: its tokenizer is another than the model's, so its ids mean other text; give one of the same family"
-        )
-    check_model(other)
+    same_tokenizer("draft", other, model)
     return ModelDrafter(other, prompts, decoding, generator)
 
 

@@ -138,3 +138,22 @@ def test_the_order_of_the_filters_is_theirs() -> None:
     ours = Sampler(1.4, top_k=50, top_p=0.9, min_p=0.02, typical_p=0.8, repetition_penalty=1.2)
     history = History.of(list(ids), 200, logits.device)
     assert torch.equal(ours.filter(logits, history), chain(ids, logits.clone()))
+
+
+def test_groups_of_beams_differ(pair: Pair, prompts: tuple[Tensor, Tensor]) -> None:
+    """Diverse beams: with groups of one and a large penalty, every group begins with another token."""
+    moved, real = pad_right(*prompts)
+    rows = [row[here] for row, here in zip(moved, real, strict=True)]
+    asked = Prompts({"input_ids": moved, "attention_mask": real}, rows, ["a", "b", "c"], [])
+    decoding = Decoding(num_beams=4, num_beam_groups=4, diversity_penalty=1e3)
+    for row, found in enumerate(beam_search(pair.model, asked, decoding, [STOP], 1)):
+        first = [hypothesis.ids[0] for hypothesis in sorted(found, key=lambda each: -each.score)]
+        with torch.no_grad():
+            expected = pair.model(input_ids=rows[row][None]).logits[0, -1].topk(4).indices.tolist()
+        assert first == expected
+    alike = beam_search(
+        pair.model, asked, Decoding(num_beams=4, num_beam_groups=2, diversity_penalty=1e-6), [STOP], NEW
+    )
+    plain = beam_search(pair.model, asked, Decoding(num_beams=2), [STOP], NEW)
+    for both, alone in zip(alike, plain, strict=True):  # two groups of two that hardly mind one another
+        assert sorted(each.ids for each in both[::2]) == sorted(each.ids for each in alone)

@@ -1,0 +1,104 @@
+"""Stop strings and log probabilities."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mm.generation.engine import generate, generate_ids, stream
+from mm.generation.options import Decoding
+from mm.generation.stopping import Cutter, cut_before
+from mm.generation.testing import ScriptedModel
+from mm.model import MultimodalModel
+from mm.testing import tiny_decoder
+
+
+@given(st.text("abc", max_size=30), st.lists(st.text("abc", min_size=1, max_size=4), max_size=3), st.data())
+def test_pieces_are_cut_as_the_whole_is(text: str, strings: list[str], data: st.DataObject) -> None:
+    cutter, given_out, rest = Cutter(strings), "", text
+    while rest:
+        length = data.draw(st.integers(1, len(rest)))
+        piece, rest = rest[:length], rest[length:]
+        given_out += cutter.push(piece)
+        assert cut_before(text, strings).startswith(given_out)  # what is shown is never taken back
+    given_out += cutter.flush()
+    assert given_out == cut_before(text, strings)
+    assert cutter.done == (len(given_out) < len(text))
+
+
+@pytest.fixture
+def scripted(tokenizer) -> ScriptedModel:
+    return ScriptedModel(tokenizer, lambda sample: "one. två. ### three" if sample.key == "long" else "four")
+
+
+def test_answers_end_before_a_stop_string(scripted, ask) -> None:
+    samples = [ask("count", "long"), ask("count", "short")]
+    options: Any = {"max_new_tokens": 60, "stop_strings": ["###", "å. x"]}
+    long, short = generate(scripted, samples, **options)
+    assert (long.text, long.finish_reason) == ("one. två. ", "stop")
+    assert (short.text, short.finish_reason) == ("four", "stop")
+    assert len(scripted.rows_per_step) < len("one. två. ### three")  # and nothing is decoded for nothing
+    pieces = stream(scripted, samples[0], **options)
+    assert "".join(pieces) == "one. två. " and pieces.finish_reason == "stop"
+    whole, _ = generate(scripted, samples, max_new_tokens=60, stop_strings=["nowhere"])
+    assert whole.text == "one. två. ### three"
+    (cut,) = generate(scripted, samples[:1], max_new_tokens=3, stop_strings=["###"])
+    assert cut.finish_reason == "length"
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer) -> MultimodalModel:
+    torch.manual_seed(0)
+    return MultimodalModel(tokenizer, tiny_decoder(vocab_size=tokenizer.vocab_size)).eval()
+
+
+METHODS: list[Any] = [{}, {"num_beams": 2}, {"penalty_alpha": 0.4, "top_k": 3}, {"draft": "lookup"}]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_knows_them(model, method) -> None:
+    ids, decode = torch.tensor([[50, 60, 70], [80, 90, 20]]), model.tokenizer.decode
+    whole = generate_ids(model, ids, max_new_tokens=20, stop=[], pad_id=0, **method)
+    string = max(decode(whole[0].tolist()), key=lambda letter: letter.isalpha())  # one that it would write
+    ended = generate_ids(model, ids, max_new_tokens=20, stop=[], pad_id=0, stop_strings=[string], **method)
+    for row in ended.tolist():
+        written = [token for token in row if token]
+        assert string not in decode(written[:-1])  # nothing goes on after it
+        assert string in decode(written) or len(written) == 20
+    if "num_beams" not in method:  # which may find better answers without it
+        assert string in decode(ended[0].tolist())
+
+
+def test_logprobs_are_the_models(model, ask) -> None:
+    samples = [ask("what is it?", "a"), ask("why?", "b")]
+    answers = generate(model, samples, max_new_tokens=6, temperature=0.7, top_k=5, logprobs=3)
+    for answer in answers:
+        assert answer.logprobs is not None and [each.id for each in answer.logprobs] == answer.ids
+        for each in answer.logprobs:
+            assert len(each.top) == 3
+            values = [value for _, value in each.top]
+            assert values == sorted(values, reverse=True) and each.logprob <= values[0] <= 0
+            if each.id in dict(each.top):
+                assert dict(each.top)[each.id] == each.logprob
+    (greedy,) = generate(model, samples[:1], max_new_tokens=6, logprobs=0, repetition_penalty=3.0)
+    assert greedy.logprobs is not None and all(each.top == [] and each.logprob < 0 for each in greedy.logprobs)
+    assert generate(model, samples[:1], max_new_tokens=2)[0].logprobs is None
+    every = generate(model, samples[:1], 1, logprobs=10_000)[0].logprobs
+    assert every is not None
+    total = sum(math.exp(value) for _, value in every[0].top)
+    assert total == pytest.approx(1.0, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"stop_strings": "abc"}, {"stop_strings": [""]}, {"logprobs": -1}, {"logprobs": True},
+     *({"logprobs": 1, **method} for method in METHODS[1:])],
+)  # fmt: skip
+def test_nonsense_is_refused(options: Any) -> None:
+    with pytest.raises(ValueError, match="stop_strings|logprobs"):
+        Decoding(**options)
