@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import mm
 
 # Of a torch thread that waits, before it sleeps. The 300,000 of OpenMP's library all but halt training on shared cores:
-# beside one busy neighbour on two, the demo reads below 10 samples/s instead of some 40 (benchmarks/RESULTS.md).
+# beside one busy neighbour on two, the demo reads below 9 samples/s instead of 35 to 55 (benchmarks/RESULTS.md).
 SPINS = "10000"
 INTERRUPTED = 130  # what shells report after Ctrl-C: 128 + SIGINT
 
