@@ -294,6 +294,11 @@ class Sequence:
         """(B, T) bool: True where a real token stands."""
         return self.document_ids > 0
 
+    def columns(self, start: int, end: int) -> Sequence:
+        """That part of every row; the media beside it stay whole, and `predecessor` counts from the old start."""
+        parts = {f.name: getattr(self, f.name)[:, start:end] for f in fields(self) if f.name != "cross"}
+        return Sequence(**parts, cross=self.cross)
+
 
 @dataclass
 class Routing:

@@ -13,50 +13,28 @@ from mm.generation.requests import GenerativeModel, Prompts, read, same_tokenize
 from mm.generation.sampling import History, contrast
 
 
-class Rows:
-    """Of each row the cache and, where asked for, what penalties go by, where it stands in its form, and what a model
-    to be contrasted with makes of it.
+class Shaper:
+    """Of each row what penalties go by, where it stands in its form, and its last tokens, for stop strings.
 
-    `read` reads the prompts and begins; a loop that reads them itself calls `begin` with the first logits (B, V).
+    `begin` is called with the first logits (B, V).
     """
 
     def __init__(self, model: GenerativeModel, prompts: Prompts, decoding: Decoding, stops: Collection[int]) -> None:
-        self.model, self.prompts, self.decoding = model, prompts, decoding
-        self.cache = make(model, decoding.cache)
+        self.model, self.prompts, self.decoding, self.stops = model, prompts, decoding, stops
         self.history: History | None = None
-        self.stops, self.tails = stops, [[] for _ in prompts.ids]
+        self.tails: list[list[int]] = [[] for _ in prompts.ids]
         # Tokens that may spell a stop string: one a byte, and some before it that begin in the middle of a character.
         self.reach = max((len(string.encode()) for string in decoding.stop_strings), default=0) + 4
-        self.amateur = decoding.amateur
-        if self.amateur is not None:
-            same_tokenizer("amateur", self.amateur, model)
-            self.amateur_cache = make(self.amateur, decoding.cache)
         form = decoding.form
         self.constraint = None if form is None else Constraint(form, model.tokenizer, stops, len(prompts.ids))
-
-    def read(self) -> Tensor:
-        """The logits (B, V) float32 after the prompts."""
-        logits = read(self.model, self.prompts, self.cache)
-        self.begin(logits)
-        if self.amateur is None:
-            return logits
-        return self._contrast(logits, read(self.amateur, self.prompts, self.amateur_cache))
 
     def begin(self, logits: Tensor) -> None:
         if self.decoding.needs_history:
             self.history = History.of(self.prompts.ids, logits.shape[-1], logits.device)
 
-    def step(self, ids: Tensor) -> Tensor:
-        """Reads one more token (B,) in each row -> logits (B, V) float32."""
-        self.push(ids)
-        logits = self.model.step(ids, self.cache).float()
-        if self.amateur is None:
-            return logits
-        return self._contrast(logits, self.amateur.step(ids, self.amateur_cache).float())
-
-    def _contrast(self, logits: Tensor, amateur: Tensor) -> Tensor:
-        width = min(logits.shape[1], amateur.shape[1])  # rows that only pad a vocabulary are no tokens
-        return contrast(logits[:, :width], amateur[:, :width], self.decoding.amateur_alpha)
+    def mask(self, logits: Tensor) -> Tensor:
+        """(B, V) -> (B, V): what the form forbids at -inf."""
+        return logits if self.constraint is None else self.constraint.mask(logits)
 
     def going(self, ids: Sequence[int]) -> list[int]:
         """The places of the rows that go on after these ids, one a row."""
@@ -71,15 +49,8 @@ class Rows:
         text = self.model.tokenizer.decode(answer[-self.reach :])
         return any(string in text for string in self.decoding.stop_strings)
 
-    def mask(self, logits: Tensor) -> Tensor:
-        """(B, V) -> (B, V): what the form forbids at -inf."""
-        return logits if self.constraint is None else self.constraint.mask(logits)
-
     def keep(self, rows: Tensor) -> None:
         """Drops every row but `rows` (int64), in that order; one may be named twice."""
-        self.cache.keep(rows)
-        if self.amateur is not None:
-            self.amateur_cache.keep(rows)
         self.tails = [list(self.tails[row]) for row in rows.tolist()]
         if self.history is not None:
             self.history.keep(rows)
@@ -94,3 +65,41 @@ class Rows:
             self.history.push(ids)
         if self.constraint is not None:
             self.constraint.push(ids.tolist())
+
+
+class Rows(Shaper):
+    """The same with the rows' cache and, where asked for, the model to be contrasted with."""
+
+    def __init__(self, model: GenerativeModel, prompts: Prompts, decoding: Decoding, stops: Collection[int]) -> None:
+        super().__init__(model, prompts, decoding, stops)
+        self.cache = make(model, decoding.cache)
+        self.amateur = decoding.amateur
+        if self.amateur is not None:
+            same_tokenizer("amateur", self.amateur, model)
+            self.amateur_cache = make(self.amateur, decoding.cache)
+
+    def read(self) -> Tensor:
+        """The logits (B, V) float32 after the prompts."""
+        logits = read(self.model, self.prompts, self.cache)
+        self.begin(logits)
+        if self.amateur is None:
+            return logits
+        return self._contrast(logits, read(self.amateur, self.prompts, self.amateur_cache))
+
+    def step(self, ids: Tensor) -> Tensor:
+        """Reads one more token (B,) in each row -> logits (B, V) float32."""
+        self.push(ids)
+        logits = self.model.step(ids, self.cache).float()
+        if self.amateur is None:
+            return logits
+        return self._contrast(logits, self.amateur.step(ids, self.amateur_cache).float())
+
+    def _contrast(self, logits: Tensor, amateur: Tensor) -> Tensor:
+        width = min(logits.shape[1], amateur.shape[1])  # rows that only pad a vocabulary are no tokens
+        return contrast(logits[:, :width], amateur[:, :width], self.decoding.amateur_alpha)
+
+    def keep(self, rows: Tensor) -> None:
+        super().keep(rows)
+        self.cache.keep(rows)
+        if self.amateur is not None:
+            self.amateur_cache.keep(rows)

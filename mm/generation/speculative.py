@@ -7,7 +7,7 @@ al. 2023, arXiv 2211.17192). One request at a time. Shape legend: `n` drafted to
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -212,7 +212,7 @@ class PredictionDrafter:
         self.states = [hidden[:, -1:]]
         for depth in depths:
             previous = hidden[:, :-1]
-            hidden = self._step(depth, previous, _columns(sequence, depth + 1, depth + 1 + previous.shape[1]))
+            hidden = self._step(depth, previous, sequence.columns(depth + 1, depth + 1 + previous.shape[1]))
             self.states.append(hidden[:, -1:])
         self.settled = 0  # tokens of the answer that every depth has read
 
@@ -254,12 +254,6 @@ class PredictionDrafter:
         if not previous.shape[1]:
             return previous
         return self.modules.step(depth, previous, sequence, self.caches[depth])[0]
-
-
-def _columns(sequence: Sequence, start: int, end: int) -> Sequence:
-    """That part of it."""
-    parts = {f.name: getattr(sequence, f.name)[:, start:end] for f in fields(sequence) if f.name != "cross"}
-    return Sequence(**parts, cross=sequence.cross)
 
 
 def _drafter(

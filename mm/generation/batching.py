@@ -1,0 +1,387 @@
+"""Continuous batching: requests come and go at any step, share what begins alike, and each gets what it gets alone.
+
+    engine = Engine(model)
+    tickets = [engine.submit(sample) for sample in samples]
+    for piece in tickets[0]: ...        # drives all of them on; or engine.run()
+
+A step admits what there is room for, reads a piece of one prompt, and decodes one token of every request whose prompt
+is read. Not thread-safe: one thread drives an engine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict, deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Unpack
+
+import torch
+from torch import Tensor
+
+from mm.datasets.packing import collate
+from mm.datasets.processor import Encoded, EncodedMedia
+from mm.fusion.splice import Features, splice
+from mm.generation.caches.paged import OutOfPages, PagedView, Pages, Table
+from mm.generation.options import Decoding, Options
+from mm.generation.requests import Prompts, check_at_least_one, check_model, encode_requests, stop_ids
+from mm.generation.rows import Shaper
+from mm.generation.sampling import INVALID
+from mm.generation.stopping import Cutter
+from mm.tokenizers.text import StreamDecoder
+from mm.types import CrossMedia, Sample, Tokens
+from mm.types import Sequence as DecoderInput
+
+
+@dataclass
+class Counts:
+    """What an engine has done: positions read of prompts, positions found in the cache instead, tokens decoded,
+    decoding steps, media that were encoded and media whose features were kept from before."""
+
+    prefilled: int = 0
+    shared: int = 0
+    decoded: int = 0
+    steps: int = 0
+    encoded: int = 0
+    remembered: int = 0
+
+
+class Ticket(Iterator[str]):
+    """One request in an engine: an iterator of text pieces, whole characters each. Asking for one drives the engine.
+
+    `ids` grow as they come; `finish_reason` is "stop", "length" or "cancelled" at the end, None before. What failed for
+    this request alone is raised here, by its next piece.
+    """
+
+    def __init__(self, engine: Engine, encoded: Encoded, name: str, shaper: Shaper, max_new_tokens: int) -> None:
+        self.ids: list[int] = []
+        self.finish_reason: str | None = None
+        self.error: Exception | None = None
+        self.prompt_length = encoded.length
+        self.engine, self.encoded, self.name, self.shaper = engine, encoded, name, shaper
+        self.max_new_tokens = max_new_tokens
+        self.table = Table()
+        self.identities = _identities(encoded)
+        self.sequence: DecoderInput | None = None  # of the prompt, until it is read
+        self.cross: CrossMedia | None = None
+        self.next_position = 0
+        tokenizer = engine.model.tokenizer
+        self._decoder, self._cutter = StreamDecoder(tokenizer), Cutter(shaper.decoding.stop_strings)
+        self._pieces: deque[str] = deque()
+
+    def __next__(self) -> str:
+        while not self._pieces:
+            if self.error is not None:
+                raise self.error
+            if self.finish_reason is not None:
+                raise StopIteration
+            self.engine.step()
+        return self._pieces.popleft()
+
+    def text(self) -> str:
+        """The whole answer (what of it no piece has given yet)."""
+        return "".join(self)
+
+    def cancel(self) -> None:
+        """Ends the request at once, wherever it is, and frees all that it holds. Does nothing to one that has ended."""
+        if self.finish_reason is None:
+            self.engine._leave(self, "cancelled")
+
+    def _take(self, token: int) -> None:
+        """One more token of the answer."""
+        stops = self.shaper.stops
+        if token not in stops:
+            self.ids.append(token)
+            self._show(self._cutter.push(self._decoder.push(token)))
+        if not self.shaper.going([token]):
+            self._end("stop")
+        elif len(self.ids) == self.max_new_tokens:
+            self._end("length")
+        else:
+            self.shaper.push(torch.tensor([token], device=self.engine.model.device))
+            self.identities.append(token)
+
+    def _end(self, reason: str) -> None:
+        self._show(self._cutter.push(self._decoder.flush()) + self._cutter.flush())
+        self.engine._leave(self, reason)
+
+    def _show(self, piece: str) -> None:
+        if piece:
+            self._pieces.append(piece)
+
+
+@dataclass
+class Remembered:
+    """Features of media by what is in them, the longest unused forgotten first beyond `limit` bytes."""
+
+    limit: int
+    items: OrderedDict[tuple[str, bytes], Tokens] = field(default_factory=OrderedDict)
+    size: int = 0
+
+    def get(self, key: tuple[str, bytes]) -> Tokens | None:
+        if key in self.items:
+            self.items.move_to_end(key)
+        return self.items.get(key)
+
+    def put(self, key: tuple[str, bytes], tokens: Tokens) -> None:
+        self.items[key] = tokens
+        self.size += _bytes(tokens)
+        while self.size > self.limit and len(self.items) > 1:
+            self.size -= _bytes(self.items.popitem(last=False)[1])
+
+
+class Engine:
+    """Decodes many requests of a `mm.model.MultimodalModel` together.
+
+    pages, page_size  room for positions: pages x page_size of them, prompts and answers of all requests that run
+    max_rows          requests that decode together
+    chunk             positions of a prompt that are read in one step, so that a long one does not hold up the others
+    media_bytes       of media features that are kept for the next request that shows the same
+
+    Raises ValueError for a model whose cache cannot be paged (LongRoPE reads it anew at its original length).
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        pages: int = 1024,
+        page_size: int = 16,
+        max_rows: int = 32,
+        chunk: int = 512,
+        media_bytes: int = 1 << 28,
+    ) -> None:
+        check_model(model)
+        check_at_least_one(pages=pages, page_size=page_size, max_rows=max_rows, chunk=chunk)
+        if model.decoder.rereader.lengths:
+            raise ValueError("the paged cache cannot be read anew, which LongRoPE asks for at its original length")
+        self.model, self.max_rows, self.chunk = model, max_rows, chunk
+        self.pages = Pages(len(model.decoder.layers), pages, page_size)
+        self.recurrent = any(hasattr(module, "cache_numbers_fixed") for module in model.decoder.modules())
+        self.features = Remembered(media_bytes)
+        self.counts = Counts()
+        self.waiting: deque[Ticket] = deque()
+        self.running: list[Ticket] = []
+
+    def submit(
+        self,
+        sample: Sample,
+        max_new_tokens: int = 512,
+        seed: int = 0,
+        max_length: int | None = None,
+        **options: Unpack[Options],
+    ) -> Ticket:
+        """Queues a chat; see `mm.generation.engine.generate` for the arguments and what they raise.
+
+        Raises ValueError too for a method that looks further than the next token, and for a request that the pages
+        could never hold.
+        """
+        check_at_least_one(max_new_tokens=max_new_tokens, max_length=max_length)
+        decoding = Decoding(**options)
+        for name, is_on in _NOT_HERE.items():
+            if is_on(decoding):
+                raise ValueError(f"{name}: the engine decodes token by token; use generate")
+        (request,) = encode_requests(self.model, [sample], seed, max_new_tokens, max_length)
+        room = self.pages.count * self.pages.size
+        if request.encoded.length + max_new_tokens > room:
+            raise ValueError(
+                f"{request.name}: a prompt of {request.encoded.length} positions and max_new_tokens={max_new_tokens} "
+                f"exceed the {room} positions of all pages; give the engine more pages"
+            )
+        prompts = Prompts({}, [request.encoded.ids], [request.name], [request.generator])
+        shaper = Shaper(self.model, prompts, decoding, stop_ids(self.model))
+        ticket = Ticket(self, request.encoded, request.name, shaper, max_new_tokens)
+        self.waiting.append(ticket)
+        return ticket
+
+    def run(self) -> None:
+        """Until every request has ended."""
+        while self.waiting or self.running:
+            self.step()
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        """Admits, reads a piece of one prompt, decodes a token of each request whose prompt is read."""
+        self._admit()
+        reading = next((ticket for ticket in self.running if ticket.sequence is not None), None)
+        if reading is not None:
+            self._attempt(reading, self._read)
+        if ready := [ticket for ticket in self.running if ticket.sequence is None]:
+            self._decode(ready)
+
+    def _admit(self) -> None:
+        """First come, first served: pages for the whole request are reserved, so that none has to be thrown out."""
+        while self.waiting and len(self.running) < self.max_rows:
+            ticket = self.waiting[0]
+            if not self.recurrent:
+                self.pages.share(ticket.table, ticket.identities)
+            try:
+                self.pages.reserve(ticket.table, len(ticket.identities) + ticket.max_new_tokens)
+            except OutOfPages:
+                self.pages.release(ticket.table)
+                ticket.table = Table()
+                return
+            self.waiting.popleft()
+            self.running.append(ticket)
+            self.counts.shared += ticket.table.length
+            self._attempt(ticket, self._splice)
+
+    def _attempt(self, ticket: Ticket, work: Any) -> None:
+        """What goes wrong with one request ends that one."""
+        try:
+            work(ticket)
+        except (ValueError, RuntimeError) as error:
+            ticket.error = error
+            self._leave(ticket, "error")
+
+    def _splice(self, ticket: Ticket) -> None:
+        batch = collate([[ticket.encoded]]).to(self.model.device)
+        features: dict[str, Features] = {}
+        for kind in batch.media:
+            tower = self.model.tower(kind)
+            items = [self._encode(tower, item) for item in ticket.encoded.media if item.kind == kind]
+            features[kind] = Features(Tokens.stack(items), tower.bridge.inline)
+        ticket.sequence = splice(batch, self.model.decoder.embed, features, self.model.slots)
+        ticket.cross = ticket.sequence.cross
+        ticket.next_position = int(ticket.sequence.positions.max()) + 1
+
+    def _encode(self, tower: Any, item: EncodedMedia) -> Tokens:
+        """Its features, unpadded; from before where the same was shown before."""
+        key = item.kind, _digest(item)
+        if (known := self.features.get(key)) is not None:
+            self.counts.remembered += 1
+            return known
+        alone = Tokens.stack([item.tokens])
+        moved = Tokens(
+            *(getattr(alone, name).to(self.model.device) for name in ("values", "positions", "mask", "grid"))
+        )
+        out = tower(moved).tokens
+        real = out.mask[0]
+        tokens = Tokens(out.values[0][real], out.positions[0][real], out.mask[0][real], out.grid[0])
+        self.features.put(key, tokens)
+        self.counts.encoded += 1
+        return tokens
+
+    def _read(self, ticket: Ticket) -> None:
+        assert ticket.sequence is not None
+        start, length = ticket.table.length, ticket.sequence.index.shape[1]
+        end = min(length, start + self.chunk)
+        view = PagedView(self.pages, [ticket.table], end - start, self.model.device)
+        hidden, _ = self.model.decoder(ticket.sequence.columns(start, end), view)
+        view.commit()
+        self.counts.prefilled += end - start
+        if not self.recurrent:
+            self.pages.register(ticket.table, ticket.identities)
+        if end == length:
+            ticket.sequence = None
+            logits = self.model.logits(hidden[:, -1]).float()
+            ticket.shaper.begin(logits)
+            self._choose([ticket], logits)
+
+    def _decode(self, tickets: list[Ticket]) -> None:
+        device = self.model.device
+        # What has just been chosen is read now; its request holds a page for it.
+        ids = torch.tensor([ticket.ids[-1] for ticket in tickets], device=device)
+        index = torch.tensor([ticket.table.length for ticket in tickets], device=device)
+        position = torch.tensor([ticket.next_position for ticket in tickets], device=device)
+        sequence = self.model.text_after(ids[:, None], index, position)
+        sequence.cross = _beside([ticket.cross for ticket in tickets])
+        view = PagedView(self.pages, [ticket.table for ticket in tickets], 1, device)
+        hidden, _ = self.model.decoder(sequence, view)
+        view.commit()
+        self.counts.steps += 1
+        for ticket in tickets:
+            ticket.next_position += 1
+            if not self.recurrent:
+                self.pages.register(ticket.table, ticket.identities)
+        self._choose(tickets, self.model.logits(hidden[:, 0]).float())
+
+    def _choose(self, tickets: list[Ticket], logits: Tensor) -> None:
+        """The next token of each, by its own options; those that have the same and nothing of their own go together."""
+        together: OrderedDict[Any, list[int]] = OrderedDict()
+        for place, ticket in enumerate(tickets):
+            shaper = ticket.shaper
+            plain = shaper.history is None and shaper.constraint is None
+            together.setdefault(_hashable(shaper.decoding) if plain else place, []).append(place)
+        for places in together.values():
+            shaper = tickets[places[0]].shaper
+            generators = [tickets[place].shaper.prompts.generators[0] for place in places]
+            chosen = shaper.decoding.choose(shaper.mask(logits[places]), generators, shaper.history)
+            for place, token in zip(places, chosen.tolist(), strict=True):
+                self._attempt(tickets[place], lambda ticket, token=token: self._give(ticket, token))
+
+    def _give(self, ticket: Ticket, token: int) -> None:
+        if token == INVALID:
+            ticket.shaper.prompts.refuse(0, len(ticket.ids) + 1)
+        self.counts.decoded += 1
+        ticket._take(token)
+
+    def _leave(self, ticket: Ticket, reason: str) -> None:
+        """Ends a request and frees what it holds."""
+        ticket.finish_reason = reason
+        if ticket in self.running:
+            self.running.remove(ticket)
+        elif ticket in self.waiting:
+            self.waiting.remove(ticket)
+        self.pages.release(ticket.table)
+        ticket.sequence = ticket.cross = None
+
+
+_NOT_HERE = {
+    "num_beams": lambda d: d.num_beams > 1,
+    "penalty_alpha": lambda d: d.penalty_alpha is not None,
+    "draft": lambda d: d.draft is not None,
+    "amateur": lambda d: d.amateur is not None,
+    "logprobs": lambda d: d.logprobs is not None,
+    "cache": lambda d: d.cache != "dynamic",
+}
+
+
+def _hashable(decoding: Decoding) -> Any:
+    return decoding.temperature, decoding.top_k, decoding.top_p, decoding.min_p, decoding.typical_p
+
+
+def _identities(encoded: Encoded) -> list[Any]:
+    """What stands at each decoder position: a token's id, or which part of which media."""
+    slots = {item.column: item for item in encoded.media}
+    found: list[Any] = []
+    for column, token in enumerate(encoded.ids.tolist()):
+        item = slots.get(column)
+        if item is None:
+            found.append(token)
+        else:
+            digest = _digest(item).hex()
+            found += [(item.kind, digest, part) for part in range(item.length)]
+    return found
+
+
+def _digest(item: EncodedMedia) -> bytes:
+    """Of what the tower reads: the same content is the same, whatever file it came from."""
+    parts = (item.tokens.values, item.tokens.positions, item.tokens.grid)
+    whole = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        whole.update(str(tuple(part.shape)).encode())
+        whole.update(part.contiguous().numpy().tobytes())
+    return whole.digest()
+
+
+def _bytes(tokens: Tokens) -> int:
+    return tokens.values.numel() * tokens.values.element_size()
+
+
+def _beside(rows: list[CrossMedia | None]) -> CrossMedia | None:
+    """The media of each row, padded to the longest; a row without any has one that is hidden."""
+    if all(row is None for row in rows):
+        return None
+    some = next(row for row in rows if row is not None)
+    longest = max(1 if row is None else row.values.shape[1] for row in rows)
+
+    def padded(name: str) -> Tensor:
+        like = getattr(some, name)
+        out = like.new_zeros(len(rows), longest, *like.shape[2:])
+        for place, row in enumerate(rows):
+            if row is not None:
+                value = getattr(row, name)[0]
+                out[place, : len(value)] = value
+        return out
+
+    return CrossMedia(*(padded(name) for name in ("values", "document_ids", "branch_ids", "index")))
