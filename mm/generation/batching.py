@@ -177,9 +177,8 @@ class Engine:
         """
         check_at_least_one(max_new_tokens=max_new_tokens, max_length=max_length)
         decoding = Decoding(**options)
-        for name, is_on in _NOT_HERE.items():
-            if is_on(decoding):
-                raise ValueError(f"{name}: the engine decodes token by token; use generate")
+        if name := unsupported(decoding):
+            raise ValueError(f"{name}: the engine decodes token by token; use generate")
         (request,) = encode_requests(self.model, [sample], seed, max_new_tokens, max_length)
         room = self.pages.count * self.pages.size
         if request.encoded.length + max_new_tokens > room:
@@ -334,6 +333,11 @@ _NOT_HERE = {
     "logprobs": lambda d: d.logprobs is not None,
     "cache": lambda d: d.cache != "dynamic",
 }
+
+
+def unsupported(decoding: Decoding) -> str | None:
+    """The first option that an engine does not have."""
+    return next((name for name, is_on in _NOT_HERE.items() if is_on(decoding)), None)
 
 
 def _hashable(decoding: Decoding) -> Any:
