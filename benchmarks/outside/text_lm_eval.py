@@ -135,23 +135,18 @@ def write_tasks(folder: Path) -> None:
 
 
 def theirs(python: Path, kind: str, arguments: str, folder: Path) -> dict[str, dict[str, float]]:
-    out = folder / kind
+    """lm-eval cuts a question's beginning off where it exceeds max_length, so questions are given all that they need."""
     module = "mm.harness.lm_eval_model" if kind == "mm" else "lm_eval"
-    line = [str(python), "-m", module, "--model", kind, "--model_args", arguments, "--tasks", ",".join(NAMES)]
-    run(
-        *line,
-        "--include_path",
-        str(folder / "tasks"),
-        "--device",
-        "cpu",
-        "--batch_size",
-        "8",
-        "--output_path",
-        str(out),
-    )
-    [file] = out.rglob("results*.json")
-    found = json.loads(file.read_text())["results"]
-    return {task: {key.removesuffix(",none"): value for key, value in found[task].items()} for task in NAMES}
+    found: dict[str, dict[str, float]] = {}
+    for tasks, length in ((["mmlu_letter", "mmlu_text"], 2048), (["wiki"], WINDOW)):
+        out = folder / kind / tasks[0]
+        line = [str(python), "-m", module, "--model", kind, "--model_args", f"{arguments},max_length={length}"]
+        line += ["--tasks", ",".join(tasks), "--include_path", str(folder / "tasks"), "--device", "cpu"]
+        run(*line, "--batch_size", "8", "--output_path", str(out))
+        [file] = out.rglob("results*.json")
+        scores = json.loads(file.read_text())["results"]
+        found |= {task: {key.removesuffix(",none"): value for key, value in scores[task].items()} for task in tasks}
+    return found
 
 
 def main() -> int:
@@ -171,8 +166,8 @@ def main() -> int:
         write_tasks(folder)
         ways = {
             "mm validate": ours(model, folder),
-            "lm-eval, mm": theirs(python, "mm", f"model={model},max_length={WINDOW}", folder),
-            "lm-eval, hf": theirs(python, "hf", f"{own},dtype=float32,max_length={WINDOW}", folder),
+            "lm-eval, mm": theirs(python, "mm", f"model={model}", folder),
+            "lm-eval, hf": theirs(python, "hf", f"{own},dtype=float32", folder),
         }
     print(f"{count} questions of MMLU, {options.articles} articles")
     print(f"{'':<28}" + "".join(f"{way:>16}" for way in ways))
