@@ -135,7 +135,7 @@ def write_tasks(folder: Path) -> None:
 
 
 def theirs(python: Path, kind: str, arguments: str, folder: Path) -> dict[str, dict[str, float]]:
-    """lm-eval cuts a question's beginning off where it exceeds max_length, so questions are given all that they need."""
+    """lm-eval cuts off the beginning of what exceeds max_length, so questions get all the room that they need."""
     module = "mm.harness.lm_eval_model" if kind == "mm" else "lm_eval"
     found: dict[str, dict[str, float]] = {}
     for tasks, length in ((["mmlu_letter", "mmlu_text"], 2048), (["wiki"], WINDOW)):
