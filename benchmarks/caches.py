@@ -6,8 +6,8 @@
 - int8, int4: over --tokens tokens of text, how often the likeliest next token is that of full precision.
 - sinks:4+508: --written tokens drawn one by one; the memory of the cache, and the perplexity of its last tokens of real
   text, against a model that reads the last 512 tokens anew for each, at --places places.
-- evict:256: a number stands at the beginning of a long text and is asked for at its end; whether the answer has it, with
-  the evicting cache and with a window of the same size.
+- evict:256: a number stands at the beginning of a long text and is asked for at its end; whether the answer has it,
+  with the evicting cache and with a window of the same size.
 
 Goals: int8 >= 99 %; memory constant and perplexity within 10 %; eviction finds what the window loses.
 """
@@ -78,15 +78,15 @@ def endless(model: Any, count: int) -> list[tuple[int, int]]:
 
 
 def perplexities(model: Any, places: int, length: int) -> tuple[float, float]:
-    """Of the last `places` tokens of a text of `length`: with sinks, step by step; and with the last tokens read anew."""
+    """Of a text's last `places` tokens: with sinks, step by step; and with the last tokens read anew for each."""
     ids = text_of(model, length)
     cache = make(model, f"sinks:{SINKS}+{WINDOW}")
     begin = length - places
     model(input_ids=ids[None, :512], cache=cache)
-    for start in range(512, begin, 64):
-        model.advance(ids[None, start : min(start + 64, begin)], cache)
+    for start in range(512, begin - 1, 64):
+        model.advance(ids[None, start : min(start + 64, begin - 1)], cache)
     streamed = anew = 0.0
-    logits = model.step(ids[begin - 1 : begin], cache)  # its last token twice: a step begins from where it stands
+    logits = model.step(ids[begin - 1 : begin], cache)
     for place in range(begin, length):
         streamed -= float(logits.log_softmax(-1)[0, ids[place]])
         window = ids[None, place - SINKS - WINDOW : place]
