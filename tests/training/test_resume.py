@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -150,9 +151,9 @@ def test_a_batch_of_another_size_goes_on_at_the_same_sample(run: Path, tmp_path:
 def start(arguments: list[str], output: Path) -> int:
     pid = os.fork()
     if pid == 0:
-        with output.open("w") as file:
-            os.dup2(file.fileno(), 1)
-            os.dup2(file.fileno(), 2)
+        sys.stdout = sys.stderr = output.open("w", buffering=1)  # pytest's own would swallow what is said
+        os.dup2(sys.stdout.fileno(), 1)
+        os.dup2(sys.stdout.fileno(), 2)
         os._exit(cli.main(arguments))
     return pid
 
