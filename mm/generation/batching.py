@@ -299,7 +299,7 @@ class Engine:
         together: OrderedDict[Any, list[int]] = OrderedDict()
         for place, ticket in enumerate(tickets):
             shaper = ticket.shaper
-            plain = shaper.history is None and shaper.constraint is None
+            plain = shaper.history is None and shaper.constraint is None and shaper.thinking is None
             together.setdefault(_hashable(shaper.decoding) if plain else place, []).append(place)
         for places in together.values():
             shaper = tickets[places[0]].shaper

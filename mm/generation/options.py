@@ -30,6 +30,8 @@ class Options(TypedDict, total=False):
     penalty_alpha: float | None
     amateur: Any
     amateur_alpha: float
+    thinking_budget: int | None
+    thinking_tags: tuple[str, str]
     stop_strings: Sequence[str]
     logprobs: int | None
     regex: str | None
@@ -56,6 +58,7 @@ class Decoding(Sampler):
     amateur            contrastive decoding (Li et al. 2023, arXiv 2210.15097): a smaller model with the same tokenizer;
                        what counts is how much likelier a token is than to it, among those with at least `amateur_alpha`
                        times the probability of the likeliest
+    thinking_budget    so many tokens between the `thinking_tags`, then the closing one, and the answer
     stop_strings       the answer ends before the first of them
     logprobs           also say how likely each token was, and so many of the likeliest at its place
     regex              the whole answer matches it;  json_schema, grammar: as in mm.generation.constraints.Form
@@ -75,6 +78,8 @@ class Decoding(Sampler):
     penalty_alpha: float | None = None
     amateur: Any = None
     amateur_alpha: float = 0.1
+    thinking_budget: int | None = None
+    thinking_tags: tuple[str, str] = ("<think>", "</think>")
     stop_strings: Sequence[str] = ()
     logprobs: int | None = None
     regex: str | None = None
@@ -123,6 +128,10 @@ class Decoding(Sampler):
             raise ValueError(f"amateur_alpha={self.amateur_alpha}: give a share above 0 and at most 1")
         if isinstance(self.draft, str) and self.draft not in ("lookup", "mtp"):
             raise ValueError(f"draft={self.draft!r}: give 'lookup', 'mtp' or a model")
+        if self.thinking_budget is not None and (isinstance(self.thinking_budget, bool) or self.thinking_budget < 0):
+            raise ValueError(f"thinking_budget={self.thinking_budget}: give a number of tokens from 0 up")
+        if len(self.thinking_tags) != 2 or not all(self.thinking_tags):
+            raise ValueError(f"thinking_tags={self.thinking_tags!r}: give the opening and the closing one")
         if isinstance(self.stop_strings, str) or not all(isinstance(s, str) and s for s in self.stop_strings):
             raise ValueError(f"stop_strings={self.stop_strings!r}: give a list of strings, none of them empty")
         if self.logprobs is not None and (isinstance(self.logprobs, bool) or self.logprobs < 0):
@@ -135,6 +144,8 @@ SWITCHES: dict[str, Callable[[Decoding], bool]] = {
     "draft": lambda d: d.draft is not None,
     "amateur": lambda d: d.amateur is not None,
     "logprobs": lambda d: d.logprobs is not None,
+    "thinking_budget": lambda d: d.thinking_budget is not None,
+    "regex, json_schema or grammar": lambda d: d.form is not None,
     "temperature": lambda d: not d.greedy,
     "top_p, min_p or typical_p": lambda d: any(each is not None for each in (d.top_p, d.min_p, d.typical_p)),
     "top_k": lambda d: d.top_k is not None,
@@ -154,6 +165,7 @@ REFUSED: dict[tuple[str, str], str] = {
     ("draft", "amateur"): "a draft is checked against the model itself",
     ("draft", "a cache that loses tokens"): "a draft's tokens are taken back; use cache dynamic, int8 or int4",
     ("amateur", "penalty_alpha"): "they are two methods",
+    ("thinking_budget", "regex, json_schema or grammar"): "the form is that of the whole answer, reasoning included",
     ("logprobs", "num_beams"): OTHERWISE,
     ("logprobs", "penalty_alpha"): OTHERWISE,
     ("logprobs", "draft"): OTHERWISE,

@@ -11,6 +11,7 @@ from mm.generation.constraints import Constraint
 from mm.generation.options import Decoding
 from mm.generation.requests import GenerativeModel, Prompts, read, same_tokenizer
 from mm.generation.sampling import History, contrast
+from mm.generation.thinking import ThinkingBudget
 
 
 class Shaper:
@@ -25,6 +26,8 @@ class Shaper:
         self.tails: list[list[int]] = [[] for _ in prompts.ids]
         # Tokens that may spell a stop string: one a byte, and some before it that begin in the middle of a character.
         self.reach = max((len(string.encode()) for string in decoding.stop_strings), default=0) + 4
+        budget, tags = decoding.thinking_budget, decoding.thinking_tags
+        self.thinking = None if budget is None else ThinkingBudget(model.tokenizer, prompts.ids, budget, tags)
         form = decoding.form
         self.constraint = None if form is None else Constraint(form, model.tokenizer, stops, len(prompts.ids))
 
@@ -33,7 +36,9 @@ class Shaper:
             self.history = History.of(self.prompts.ids, logits.shape[-1], logits.device)
 
     def mask(self, logits: Tensor) -> Tensor:
-        """(B, V) -> (B, V): what the form forbids at -inf."""
+        """(B, V) -> (B, V): what the form, or the end of a thinking budget, forbids at -inf."""
+        if self.thinking is not None:
+            logits = self.thinking.mask(logits)
         return logits if self.constraint is None else self.constraint.mask(logits)
 
     def going(self, ids: Sequence[int]) -> list[int]:
@@ -56,6 +61,8 @@ class Shaper:
             self.history.keep(rows)
         if self.constraint is not None:
             self.constraint.keep(rows.tolist())
+        if self.thinking is not None:
+            self.thinking.keep(rows.tolist())
 
     def push(self, ids: Tensor) -> None:
         """One more token (B,) of each row's answer."""
@@ -65,6 +72,8 @@ class Shaper:
             self.history.push(ids)
         if self.constraint is not None:
             self.constraint.push(ids.tolist())
+        if self.thinking is not None:
+            self.thinking.push(ids.tolist())
 
 
 class Rows(Shaper):

@@ -14,6 +14,8 @@ ON: dict[str, Any] = {
     "draft": {"draft": "lookup"},
     "amateur": {"amateur": object()},
     "logprobs": {"logprobs": 0},
+    "thinking_budget": {"thinking_budget": 3},
+    "regex, json_schema or grammar": {"regex": "a"},
     "temperature": {"temperature": 1.0},
     "top_p, min_p or typical_p": {"top_p": 0.9},
     "top_k": {"top_k": 4},
@@ -40,7 +42,7 @@ def test_each_alone_is_fine_and_noticed(name: str) -> None:
         {"num_beams": 4, "num_beam_groups": 2}, {"diversity_penalty": 1.0}, {"diversity_penalty": -1.0},
         {"early_stopping": "soon"}, {"penalty_alpha": 1.5, "top_k": 4}, {"penalty_alpha": 0.5},
         {"amateur_alpha": 0.0}, {"draft_length": 0}, {"repetition_penalty": 0.0}, {"typical_p": 1.0},
-        {"frequency_penalty": float("nan")},
+        {"frequency_penalty": float("nan")}, {"thinking_budget": -1}, {"thinking_tags": ("<think>", "")},
     ],
 )  # fmt: skip
 def test_nonsense_values_are_named(options: Any) -> None:
