@@ -22,8 +22,8 @@ class Span:
 
 
 class ThinkingBudget:
-    """Holds each row's reasoning between the two tags to `budget` tokens: what comes next is then the closing tag, token
-    by token. A budget of 0 closes every span as it opens. A prompt may have opened one already.
+    """Holds each row's reasoning between the two tags to `budget` tokens: what comes next is then the closing tag,
+    token by token. A budget of 0 closes every span as it opens. A prompt may have opened one already.
 
     Tags are special tokens where the tokenizer has them, text otherwise. Raises ValueError for a negative budget.
     """
