@@ -19,7 +19,7 @@ from mm.generation.rows import Rows
 @dataclass(frozen=True)
 class Hypothesis:
     """An answer's ids, its closing special included where it ended, and its score: log probability, penalties counted,
-    over length ** length_penalty."""
+    over length ** length_penalty, plus the reward where there is one."""
 
     score: float
     ids: list[int]
@@ -44,8 +44,8 @@ class Group:
             return True
         if len(self.ended) < self.size:
             return False
-        if decoding.early_stopping is True:
-            return True
+        if decoding.early_stopping is True or decoding.reward is not None:
+            return True  # what a running beam may still be given as a reward, nobody knows
         grown = longest if decoding.early_stopping == "never" and decoding.length_penalty > 0 else length
         return self.running[0].score / grown**decoding.length_penalty <= self.ended[-1].score
 
@@ -104,18 +104,16 @@ def _grow(groups: list[Group], log_p: Tensor, carried: Rows, step: int, max_new_
         scores = scores - decoding.diversity_penalty * taken
         # Enough candidates that `size` of them go on even if every stop is among the best.
         count = min(max(2, 1 + len(carried.stops)) * group.size, scores.numel())
-        best, places = scores.flatten().topk(count)
         running: list[Hypothesis] = []
         chosen: list[tuple[int, int]] = []
         said: list[int] = []
-        for rank, (score, place) in enumerate(zip(best.tolist(), places.tolist(), strict=True)):
-            row, token = divmod(place, log_p.shape[-1])
-            longer = Hypothesis(score, [*group.running[row].ids, token])
-            ends = carried.ends(longer.ids) or step == max_new_tokens
+        for rank, (row, longer) in enumerate(_best(group, scores, count, carried, step)):
+            token, ends = longer.ids[-1], carried.ends(longer.ids) or step == max_new_tokens
             if ends and rank < group.size:
-                group.end(Hypothesis(score / step**decoding.length_penalty, longer.ids))
+                score = longer.score / step**decoding.length_penalty + _reward(longer.ids, carried)
+                group.end(Hypothesis(score, longer.ids))
                 said.append(token)
-            if not ends and len(running) < group.size and score > float("-inf"):
+            if not ends and len(running) < group.size:
                 running.append(longer)
                 chosen.append((base + row, token))
                 said.append(token)
@@ -127,3 +125,24 @@ def _grow(groups: list[Group], log_p: Tensor, carried: Rows, step: int, max_new_
         else:
             found += chosen
     return found
+
+
+def _best(group: Group, scores: Tensor, count: int, carried: Rows, step: int) -> list[tuple[int, Hypothesis]]:
+    """The `count` best continuations (beam, hypothesis) of scores (beams, V), best first; by reward where it is due."""
+    best, places = scores.flatten().topk(count)
+    found: list[tuple[int, Hypothesis]] = []
+    for score, place in zip(best.tolist(), places.tolist(), strict=True):
+        if score > float("-inf"):
+            row, token = divmod(place, scores.shape[-1])
+            found.append((row, Hypothesis(score, [*group.running[row].ids, token])))
+    if carried.decoding.reward is not None and step % carried.decoding.reward_every == 0:
+        found.sort(key=lambda each: -(each[1].score + _reward(each[1].ids, carried)))
+    return found
+
+
+def _reward(ids: list[int], carried: Rows) -> float:
+    decoding = carried.decoding
+    if decoding.reward is None:
+        return 0.0
+    ids = ids[:-1] if ids[-1] in carried.stops else ids
+    return decoding.reward_weight * decoding.reward(carried.model.tokenizer.decode(ids))

@@ -27,6 +27,9 @@ class Options(TypedDict, total=False):
     diversity_penalty: float
     length_penalty: float
     early_stopping: bool | Literal["never"]
+    reward: Callable[[str], float] | None
+    reward_weight: float
+    reward_every: int
     penalty_alpha: float | None
     amateur: Any
     amateur_alpha: float
@@ -52,6 +55,8 @@ class Decoding(Sampler):
                        ended ones; "never": only when no beam can end better
     num_beam_groups    above 1: diverse beam search (Vijayakumar et al. 2016, arXiv 1610.02424): a group's beam loses
                        `diversity_penalty` for a token for each beam of the groups before that just took it too
+    reward             every `reward_every` steps beams are kept by log probability + `reward_weight` * the reward of
+                       their text so far, and so is the best of those that have ended
     penalty_alpha      contrastive search (Su et al. 2022, arXiv 2202.06417): of the `top_k` likeliest tokens that with
                        the best (1 - alpha) * probability - alpha * likeness to what is already there
 
@@ -75,6 +80,9 @@ class Decoding(Sampler):
     diversity_penalty: float = 0.0
     length_penalty: float = 1.0
     early_stopping: bool | Literal["never"] = False
+    reward: Callable[[str], float] | None = None
+    reward_weight: float = 1.0
+    reward_every: int = 1
     penalty_alpha: float | None = None
     amateur: Any = None
     amateur_alpha: float = 0.1
@@ -107,7 +115,7 @@ class Decoding(Sampler):
                 raise ValueError(f"{' and '.join(pair)} do not go together: {why}")
 
     def _check_values(self) -> None:
-        for name in ("num_beams", "num_beam_groups", "draft_length"):
+        for name in ("num_beams", "num_beam_groups", "reward_every", "draft_length"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value}: give a whole number from 1 up")
@@ -119,6 +127,8 @@ class Decoding(Sampler):
             raise ValueError(f"diversity_penalty={self.diversity_penalty}: give a finite number from 0 up")
         if (self.num_beam_groups > 1) != (self.diversity_penalty > 0):
             raise ValueError("num_beam_groups above 1 and a diversity_penalty above 0 need one another")
+        if self.reward is not None and self.num_beams == 1:
+            raise ValueError("reward chooses among beams: give num_beams above 1")
         if self.penalty_alpha is not None:
             if not 0 <= self.penalty_alpha <= 1:
                 raise ValueError(f"penalty_alpha={self.penalty_alpha}: give a number from 0 to 1")

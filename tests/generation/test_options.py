@@ -42,7 +42,8 @@ def test_each_alone_is_fine_and_noticed(name: str) -> None:
         {"num_beams": 4, "num_beam_groups": 2}, {"diversity_penalty": 1.0}, {"diversity_penalty": -1.0},
         {"early_stopping": "soon"}, {"penalty_alpha": 1.5, "top_k": 4}, {"penalty_alpha": 0.5},
         {"amateur_alpha": 0.0}, {"draft_length": 0}, {"repetition_penalty": 0.0}, {"typical_p": 1.0},
-        {"frequency_penalty": float("nan")}, {"thinking_budget": -1}, {"thinking_tags": ("<think>", "")},
+        {"frequency_penalty": float("nan")}, {"thinking_budget": -1}, {"reward": len}, {"reward_every": 0},
+        {"thinking_tags": ("<think>", "")},
     ],
 )  # fmt: skip
 def test_nonsense_values_are_named(options: Any) -> None:

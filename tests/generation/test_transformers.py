@@ -157,3 +157,28 @@ def test_groups_of_beams_differ(pair: Pair, prompts: tuple[Tensor, Tensor]) -> N
     plain = beam_search(pair.model, asked, Decoding(num_beams=2), [STOP], NEW)
     for both, alone in zip(alike, plain, strict=True):  # two groups of two that hardly mind one another
         assert sorted(each.ids for each in both[::2]) == sorted(each.ids for each in alone)
+
+
+def test_beams_by_reward(pair: Pair, prompts: tuple[Tensor, Tensor]) -> None:
+    """A reward that outweighs all probabilities decides; one that weighs nothing changes nothing."""
+    ids, mask = prompts
+
+    class Letters:
+        """Token ids as text: what a reward reads here, as these models have no tokenizer."""
+
+        def decode(self, ids: list[int]) -> str:
+            return " ".join(map(str, ids))
+
+    pair.model.tokenizer = Letters()  # pyright: ignore[reportAttributeAccessIssue]
+    wanted = 60
+
+    def reward(text: str) -> float:
+        return float(text.split().count(str(wanted)))
+
+    options: Any = {"stop": [STOP], "pad_id": PAD, "num_beams": 4, "early_stopping": True}
+    plain = generate_ids(pair.model, ids, mask, NEW, **options)
+    found = generate_ids(pair.model, ids, mask, NEW, **options, reward=reward, reward_weight=50.0)
+    assert (found == wanted).sum() > (plain == wanted).sum()
+    for weight in (0.0, 1e-9):
+        same = generate_ids(pair.model, ids, mask, NEW, **options, reward=reward, reward_weight=weight)
+        assert torch.equal(same, plain)
