@@ -40,6 +40,7 @@ ALLOWED: dict[str, set[str]] = {
     "mm.info": NETWORK,
     "mm.objectives": USES,
     "mm.generation": USES,
+    "mm.generate": RUNS,
     "mm.training": RUNS,
     "mm.evaluation": RUNS,
     "mm.chat": RUNS,
