@@ -150,8 +150,8 @@ def theirs(python: Path, kind: str, arguments: str, folder: Path) -> dict[str, d
 
 
 def tokenizer(model: Path, folder: Path) -> Path:
-    """The tokenizer that Hugging Face's model is to use. Its own reading of a GGUF file forgets that SmolLM2 takes digits
-    one by one, which changes a line break before a digit, and with it one of the 281 questions."""
+    """The tokenizer that Hugging Face's model is to use. Its own reading of a GGUF file forgets that SmolLM2 takes
+    digits one by one, which changes line breaks before a digit, and with them one of the 281 questions."""
     if model.is_dir():
         return model
     exported, alone = folder / "exported", folder / "tokenizer"
