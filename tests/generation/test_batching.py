@@ -127,11 +127,12 @@ def test_pages_are_waited_for(tokenizer, samples) -> None:
         engine.submit(samples[0], max_new_tokens=90)
 
 
-def test_cancelled_at_any_step_nothing_leaks(tokenizer, samples) -> None:
+@pytest.mark.parametrize("rounds", [40, pytest.param(400, marks=pytest.mark.slow)])
+def test_cancelled_at_any_step_nothing_leaks(tokenizer, samples, rounds) -> None:
     model = model_of(tokenizer, ["full"])
     engine = Engine(model, pages=40, page_size=4, max_rows=3, chunk=7)
     chance = random.Random(0)
-    for _ in range(150):
+    for _ in range(rounds):
         tickets = [engine.submit(chance.choice(samples), max_new_tokens=6) for _ in range(chance.randint(1, 4))]
         for _ in range(chance.randint(0, 12)):
             engine.step()

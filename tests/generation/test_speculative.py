@@ -116,13 +116,14 @@ def test_lookup_proposes_what_followed() -> None:
     assert propose([7, -1, 3, 9, 7], 3) == []  # a picture is no text to copy
 
 
+@pytest.mark.parametrize("n", [150, pytest.param(20_000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ["near", "far", "lookup", "mtp"])
-def test_sampling_keeps_the_distribution(tokenizer, kind) -> None:
+def test_sampling_keeps_the_distribution(tokenizer, kind, n) -> None:
     """Pairs of the second and third token of many answers, against plain sampling's exact probabilities."""
     model = model_of(tokenizer, 0, depths=2)
     draft = {"near": near(model, tokenizer, 0.5), "far": model_of(tokenizer, 5)}.get(kind, kind)
     options: Any = {"temperature": 0.9, "top_k": 3}
-    ids, n = torch.tensor([[20, 30, 20, 30, 20]]), 500
+    ids = torch.tensor([[20, 30, 20, 30, 20]])
     drafted = options | {"draft": draft, "draft_length": 2, "max_new_tokens": 3, "stop": []}
     rows = [tuple(generate_ids(model, ids, seed=[s], **drafted)[0].tolist()) for s in range(n)]
     sampler = Decoding(**options)
