@@ -61,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = {key: _text(key, getattr(args, key)) for key in keys if getattr(args, key) is not None}
     settings = {
         "model": str(Path(args.model).resolve()),
+        "model_manifest": _manifest(Path(args.model)),
         "prompts": hashlib.sha256(source.read_bytes()).hexdigest(),
         "max_new_tokens": args.max_new_tokens,
         "seed": args.seed,
@@ -90,6 +91,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     failed = sum("error" in record for record in done)
     print(f"{target}: {len(done) - failed} answers" + (f", {failed} prompts failed" if failed else ""), file=sys.stderr)
     return _status(done)
+
+
+def _manifest(model: Path) -> str | None:
+    """The hash of what says what is in a model of ours, so that one trained anew in its place is another."""
+    file = model / "manifest.json"
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
 
 
 def _status(records: list[dict[str, Any]]) -> int:

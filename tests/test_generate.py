@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,15 @@ def test_other_settings_are_refused_by_name(model: Path, prompts: Path, tmp_path
     assert "another prompts" in capsys.readouterr().err
     (tmp_path / "answers.jsonl.settings.json").unlink()
     assert run(model, prompts, out) == 2
+
+
+def test_a_model_trained_anew_is_another(model: Path, prompts: Path, tmp_path: Path, capsys: Any) -> None:
+    moved = shutil.copytree(model, tmp_path / "model")
+    assert run(moved, prompts, tmp_path / "answers.jsonl") == 1
+    manifest = moved / "manifest.json"
+    manifest.write_text(manifest.read_text() + "\n")
+    assert run(moved, prompts, tmp_path / "answers.jsonl") == 2
+    assert "another model_manifest" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -40,8 +40,8 @@ def contrastive_search(
         hidden = model.advance(candidates.reshape(-1, 1), cache)[:, 0].unflatten(0, (-1, width))  # (R, k, D)
         likeness = torch.einsum("rtd,rkd->rtk", said, F.normalize(hidden.float(), dim=-1))
         likeness = likeness.masked_fill(~mask[..., None], -1.0).amax(1)
-        likeness = likeness.masked_fill(p == 0, torch.inf)  # what the form forbids is among the k where it leaves fewer
-        best = ((1 - decoding.penalty_alpha) * p - decoding.penalty_alpha * likeness).argmax(-1)
+        scores = (1 - decoding.penalty_alpha) * p - decoding.penalty_alpha * likeness
+        best = scores.masked_fill(p == 0, -torch.inf).argmax(-1)  # a form may leave fewer than top_k
         every = torch.arange(len(rows), device=device)
         chosen, hidden = candidates[every, best], hidden[every, best]
         ids = chosen.tolist()

@@ -106,6 +106,10 @@ class History:
             seen[row, ids[ids >= 0].to(device)] = True
         return History(seen, torch.zeros_like(seen, dtype=torch.long))
 
+    def copy(self) -> History:
+        """One that goes on by itself."""
+        return History(self.seen.clone(), self.written.clone())
+
     def push(self, ids: Tensor) -> None:
         """Notes one more token (B,) of each row's answer."""
         rows = torch.arange(len(ids), device=ids.device)

@@ -147,7 +147,7 @@ class ModelDrafter:
     def propose(self, answer: list[int], count: int, history: History | None) -> Draft:
         ids: list[int] = []
         kept: list[Tensor] = []
-        history = None if history is None else History(history.seen.clone(), history.written.clone())
+        history = None if history is None else history.copy()
         unread = answer[len(self.read) :]
         for _ in range(count):
             hidden = self.model.advance(torch.tensor([unread], device=self.model.device), self.cache)
@@ -219,7 +219,7 @@ class PredictionDrafter:
     def propose(self, answer: list[int], count: int, history: History | None) -> Draft:
         ids: list[int] = []
         kept: list[Tensor] = []
-        history = None if history is None else History(history.seen.clone(), history.written.clone())
+        history = None if history is None else history.copy()
         previous = self.states[0]
         for depth in range(min(count, len(self.caches))):
             state = self._read(depth, previous, [answer[-1], *ids])

@@ -70,6 +70,8 @@ METHODS: dict[str, Any] = {
     "filtered": {"temperature": 1.0, "top_k": 2, "repetition_penalty": 1.5},
     "beams": {"num_beams": 3},
     "contrastive": {"penalty_alpha": 0.6, "top_k": 4},
+    "contrastive_not": {"penalty_alpha": 0.0, "top_k": 4},
+    "contrastive_only": {"penalty_alpha": 1.0, "top_k": 9},
     "lookup": {"draft": "lookup", "temperature": 1.0},
 }
 
