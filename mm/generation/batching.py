@@ -10,10 +10,9 @@ is read. Not thread-safe: one thread drives an engine.
 
 from __future__ import annotations
 
-import hashlib
 from collections import OrderedDict, deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Unpack
 
 import torch
@@ -23,6 +22,7 @@ from mm.datasets.packing import collate
 from mm.datasets.processor import Encoded, EncodedMedia
 from mm.fusion.splice import Features, splice
 from mm.generation.caches.paged import OutOfPages, PagedView, Pages, Table
+from mm.generation.content import Remembered, beside, digest, identities
 from mm.generation.options import Decoding, Options
 from mm.generation.requests import Prompts, check_at_least_one, check_model, encode_requests, stop_ids
 from mm.generation.rows import Shaper
@@ -61,7 +61,7 @@ class Ticket(Iterator[str]):
         self.engine, self.encoded, self.name, self.shaper = engine, encoded, name, shaper
         self.max_new_tokens = max_new_tokens
         self.table = Table()
-        self.identities = _identities(encoded)
+        self.identities = identities(encoded)
         self.sequence: DecoderInput | None = None  # of the prompt, until it is read
         self.cross: CrossMedia | None = None
         self.next_position = 0
@@ -108,26 +108,6 @@ class Ticket(Iterator[str]):
     def _show(self, piece: str) -> None:
         if piece:
             self._pieces.append(piece)
-
-
-@dataclass
-class Remembered:
-    """Features of media by what is in them, the longest unused forgotten first beyond `limit` bytes."""
-
-    limit: int
-    items: OrderedDict[tuple[str, bytes], Tokens] = field(default_factory=OrderedDict)
-    size: int = 0
-
-    def get(self, key: tuple[str, bytes]) -> Tokens | None:
-        if key in self.items:
-            self.items.move_to_end(key)
-        return self.items.get(key)
-
-    def put(self, key: tuple[str, bytes], tokens: Tokens) -> None:
-        self.items[key] = tokens
-        self.size += _bytes(tokens)
-        while self.size > self.limit and len(self.items) > 1:
-            self.size -= _bytes(self.items.popitem(last=False)[1])
 
 
 class Engine:
@@ -245,7 +225,7 @@ class Engine:
 
     def _encode(self, tower: Any, item: EncodedMedia) -> Tokens:
         """Its features, unpadded; from before where the same was shown before."""
-        key = item.kind, _digest(item)
+        key = item.kind, digest(item)
         if (known := self.features.get(key)) is not None:
             self.counts.remembered += 1
             return known
@@ -283,7 +263,7 @@ class Engine:
         index = torch.tensor([ticket.table.length for ticket in tickets], device=device)
         position = torch.tensor([ticket.next_position for ticket in tickets], device=device)
         sequence = self.model.text_after(ids[:, None], index, position)
-        sequence.cross = _beside([ticket.cross for ticket in tickets])
+        sequence.cross = beside([ticket.cross for ticket in tickets])
         view = PagedView(self.pages, [ticket.table for ticket in tickets], 1, device)
         hidden, _ = self.model.decoder(sequence, view)
         view.commit()
@@ -342,50 +322,3 @@ def unsupported(decoding: Decoding) -> str | None:
 
 def _hashable(decoding: Decoding) -> Any:
     return decoding.temperature, decoding.top_k, decoding.top_p, decoding.min_p, decoding.typical_p
-
-
-def _identities(encoded: Encoded) -> list[Any]:
-    """What stands at each decoder position: a token's id, or which part of which media."""
-    slots = {item.column: item for item in encoded.media}
-    found: list[Any] = []
-    for column, token in enumerate(encoded.ids.tolist()):
-        item = slots.get(column)
-        if item is None:
-            found.append(token)
-        else:
-            digest = _digest(item).hex()
-            found += [(item.kind, digest, part) for part in range(item.length)]
-    return found
-
-
-def _digest(item: EncodedMedia) -> bytes:
-    """Of what the tower reads: the same content is the same, whatever file it came from."""
-    parts = (item.tokens.values, item.tokens.positions, item.tokens.grid)
-    whole = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        whole.update(str(tuple(part.shape)).encode())
-        whole.update(part.contiguous().numpy().tobytes())
-    return whole.digest()
-
-
-def _bytes(tokens: Tokens) -> int:
-    return tokens.values.numel() * tokens.values.element_size()
-
-
-def _beside(rows: list[CrossMedia | None]) -> CrossMedia | None:
-    """The media of each row, padded to the longest; a row without any has one that is hidden."""
-    if all(row is None for row in rows):
-        return None
-    some = next(row for row in rows if row is not None)
-    longest = max(1 if row is None else row.values.shape[1] for row in rows)
-
-    def padded(name: str) -> Tensor:
-        like = getattr(some, name)
-        out = like.new_zeros(len(rows), longest, *like.shape[2:])
-        for place, row in enumerate(rows):
-            if row is not None:
-                value = getattr(row, name)[0]
-                out[place, : len(value)] = value
-        return out
-
-    return CrossMedia(*(padded(name) for name in ("values", "document_ids", "branch_ids", "index")))
