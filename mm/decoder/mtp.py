@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mm.decoder.cache import Cache
 from mm.decoder.decoder import Block, Layer
+from mm.decoder.few_rows import Linear
 from mm.decoder.layout import Layout
 from mm.types import Routing, Sequence
 
@@ -26,7 +27,7 @@ class Depth(nn.Module):
     def __init__(self, width: int, mixer: nn.Module, ffn: nn.Module, block: Block) -> None:
         super().__init__()
         self.token_norm, self.state_norm = block.norm(width), block.norm(width)
-        self.join = nn.Linear(2 * width, width, bias=False)
+        self.join = Linear(2 * width, width, bias=False)
         self.layer = Layer(width, mixer, ffn, block)
         self.norm = block.norm(width)
 
