@@ -178,7 +178,7 @@ class Decoder(nn.Module):
         return self._read(sequence, cache)
 
     def _read(self, sequence: Sequence, cache: Cache | None) -> tuple[Tensor, list[Routing | None]]:
-        layout = Layout.of(sequence, cache.places if cache is not None else None)
+        layout = Layout.of(sequence) if cache is None else cache.begin(sequence)
         x, mask, routings = self._start(sequence), sequence.mask, []
         for number, layer in enumerate(self.layers):
             if self.checkpoint_activations and self.training:
@@ -187,7 +187,7 @@ class Decoder(nn.Module):
                 x, routing = layer(x, mask, layout, cache, number)
             routings.append(routing)
         if cache is not None:
-            cache.places = layout.keys
+            cache.end(layout)
         return self.norm(x), routings
 
     def logits(self, hidden: Tensor) -> Tensor:

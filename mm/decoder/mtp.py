@@ -85,12 +85,12 @@ class MultiTokenPrediction(nn.Module):
         """One depth, for drafting: `previous` (B, T, D) are the states, one depth less deep, of the positions before
         those of `sequence`, whose embeddings are the tokens'. `cache` is from `new_cache`, one for each depth.
         """
-        layout = Layout.of(sequence, None if cache is None else cache.places)
+        layout = Layout.of(sequence) if cache is None else cache.begin(sequence)
         depth = self.depths[number]
         assert isinstance(depth, Depth)
         state, routing = depth(previous, sequence.embeddings, sequence.mask, layout, cache, 0)
         if cache is not None:
-            cache.places = layout.keys
+            cache.end(layout)
         return state, routing
 
     @staticmethod
