@@ -137,7 +137,9 @@ def main() -> int:
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     clock = time.process_time if args.clock == "cpu" else time.perf_counter
-    print(f"torch {torch.__version__}, transformers {transformers.__version__}, {torch.get_num_threads()} threads, {args.clock} clock")
+    print(
+        f"torch {torch.__version__}, transformers {transformers.__version__}, {torch.get_num_threads()} threads, {args.clock} clock"
+    )
     print("| model | dtype | rows | run | tokens/s | of the limit | against transformers | spread | same tokens |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     rows, failures = [], []

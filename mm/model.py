@@ -121,6 +121,14 @@ class ModelOutput:
         return self.head(self.hidden)
 
 
+# A step takes milliseconds: neither the model's structure nor sizes that cannot have changed are checked in each.
+_COMPILE: dict[str, Any] = {
+    "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe,
+    "size_asserts": False,
+    "cpp_wrapper": True,
+}
+
+
 class MultimodalModel(nn.Module):
     """Text tokenizer, one tower per kind of media, and one decoder.
 
@@ -235,8 +243,12 @@ class MultimodalModel(nn.Module):
     def compiled_step(self) -> Callable[[Tensor, Cache], Tensor]:
         """`step` as one program of torch.compile, which is made when it is first run: seconds, or a minute."""
         if self._compiled_step is None:
-            self._compiled_step = torch.compile(self._step, fullgraph=True)
+            self._compiled_step = torch.compile(self._step, fullgraph=True, options=_COMPILE)
         return self._compiled_step
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MultimodalModel:
+        self._compiled_step = None  # a program is for one device and dtype
+        return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
         """Of copies and pickles: a compiled program is this model's own."""

@@ -56,11 +56,11 @@ static inline float total(vec v) {
 
 // A row of x as the tiles read it: filled up with zeros to a multiple of STEP, in bfloat16's order where W is that.
 static void lay_out(const float *x, float *to, ptrdiff_t K, ptrdiff_t padded, int is_bfloat) {
-    memset(to, 0, (size_t)padded * sizeof *to);
-    for (ptrdiff_t k = 0; k < K; k++) {
-        ptrdiff_t at = k % STEP;
-        to[k - at + (is_bfloat ? at / 2 + at % 2 * LANES : at)] = x[k];
-    }
+    memset(to + padded - STEP, 0, STEP * sizeof *to);
+    if (!is_bfloat)
+        memcpy(to, x, (size_t)K * sizeof *to);
+    else
+        for (ptrdiff_t k = 0; k < K; k++) to[k / STEP * STEP + k % STEP / 2 + k % 2 * LANES] = x[k];
 }
 
 #define UNROLL _Pragma("GCC unroll 8")

@@ -73,7 +73,7 @@ def _few_rows(x: Tensor, weight: Tensor, group: Tensor | None = None) -> Tensor:
     multiply = kernel()
     if multiply is None:
         return _with_torch(x, weight, group)
-    rows = x.float().contiguous()
+    rows = x if x.dtype == torch.float32 and x.is_contiguous() else x.float().contiguous()
     shape = len(rows), weight.shape[-2]
     y = rows.new_empty(shape) if group is None else rows.new_zeros(shape)
     matrices = len(weight) if weight.ndim == 3 else 1
@@ -81,7 +81,7 @@ def _few_rows(x: Tensor, weight: Tensor, group: Tensor | None = None) -> Tensor:
     is_bfloat = weight.dtype == torch.bfloat16
     if multiply(rows.data_ptr(), weight.data_ptr(), y.data_ptr(), names, *shape, rows.shape[1], matrices, is_bfloat):
         raise MemoryError("few_rows: no memory to sort the rows by their matrices")
-    return y.to(x.dtype)
+    return y if x.dtype == torch.float32 else y.to(x.dtype)
 
 
 def _with_torch(x: Tensor, weight: Tensor, group: Tensor | None) -> Tensor:

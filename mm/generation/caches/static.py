@@ -20,7 +20,7 @@ from mm.decoder.cache import Cache, Shift
 from mm.decoder.layout import Layout, Places
 from mm.types import Sequence
 
-ROOM = 256  # positions are made room for so many at a time
+ROOM = 64  # positions: room is made in multiples of it, and for an eighth more than there are
 
 
 @dataclass
@@ -129,7 +129,7 @@ class StaticCache(Cache):
         room = self.index.shape[1]
         if self._length + new <= room:
             return
-        more = _room(max(self._length + new, room * 3 // 2)) - room
+        more = _room(max(self._length + new, room * 9 // 8)) - room
         grow = lambda x: torch.cat([x, x.new_zeros(len(x), more, *x.shape[2:])], 1)  # noqa: E731
         self.index, self.documents = grow(self.index), grow(self.documents)
         self.layers = [{name: grow(x) for name, x in layer.items()} for layer in self.layers]
