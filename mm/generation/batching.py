@@ -4,8 +4,8 @@
     tickets = [engine.submit(sample) for sample in samples]
     for piece in tickets[0]: ...        # drives all of them on; or engine.run()
 
-A step admits what there is room for, reads a piece of one prompt, and decodes one token of every request whose prompt
-is read. Not thread-safe: one thread drives an engine.
+A step reads some positions of the prompts that there is room for, one after the other, and decodes one token of every
+request whose prompt was read. Not thread-safe: one thread drives an engine.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ class Engine:
     pages, page_size  room for positions: pages x page_size of them, prompts and answers of all requests that run. With
                       pages=None there are as many as are needed, and no room is kept free for what is yet to be written
     max_rows          requests that decode together
-    chunk             positions of a prompt that are read in one step, so that a long one does not hold up the others
+    chunk             positions of prompts that are read in one step, so that a long one does not hold up the others
     media_bytes       of media features that are kept for the next request that shows the same
 
     Raises ValueError for a model whose cache cannot be paged (`not_paged` says why).
@@ -183,20 +183,23 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> None:
-        """Admits, reads a piece of one prompt, decodes a token of each request whose prompt is read."""
-        self._admit()
+        """Reads up to `chunk` positions of prompts, and decodes a token of each request whose prompt was read before."""
         ready = [ticket for ticket in self.running if ticket.sequence is None]
-        reading = next((ticket for ticket in self.running if ticket.sequence is not None), None)
-        if reading is not None:
-            self._attempt(reading, self._read)  # which gives its first token: the others get theirs beside it
+        end = self.counts.prefilled + self.chunk
+        while self.counts.prefilled < end and (ticket := self._reading()) is not None:
+            self._attempt(ticket, lambda ticket: self._read(ticket, end - self.counts.prefilled))
         if ready:
             self._decode(ready)
 
-    def _admit(self) -> None:
-        """First come, first served: pages for the whole request are reserved, so that none has to be thrown out.
+    def _reading(self) -> Ticket | None:
+        """The request whose prompt is being read, or else the next that there is room for, first come, first served.
 
-        Pages that grow are reserved as answers do.
+        One begins when the one before is read, and shares what it left. Pages for all of a request are reserved, so
+        that none has to be thrown out; pages that grow are reserved as answers do.
         """
+        for ticket in self.running:
+            if ticket.sequence is not None:
+                return ticket
         while self.waiting and len(self.running) < self.max_rows:
             ticket = self.waiting[0]
             if not self.recurrent:
@@ -207,12 +210,15 @@ class Engine:
             except OutOfPages:
                 self.pages.release(ticket.table)
                 ticket.table = Table()
-                return
+                return None
             self.waiting.popleft()
             self.running.append(ticket)
             ticket.shared = ticket.table.length
             self.counts.shared += ticket.shared
             self._attempt(ticket, self._splice)
+            if ticket.sequence is not None:
+                return ticket
+        return None
 
     def _attempt(self, ticket: Ticket, work: Any) -> None:
         """What goes wrong with one request ends that one."""
@@ -250,10 +256,11 @@ class Engine:
         self.counts.encoded += 1
         return tokens
 
-    def _read(self, ticket: Ticket) -> None:
+    def _read(self, ticket: Ticket, most: int) -> None:
+        """Up to `most` positions of its prompt; after the last of them comes its first token."""
         assert ticket.sequence is not None
         start, length = ticket.table.length, ticket.sequence.index.shape[1]
-        end = min(length, start + self.chunk)
+        end = min(length, start + most)
         view = PagedView(self.pages, [ticket.table], end - start, self.model.device)
         hidden, _ = self.model.decoder(ticket.sequence.columns(start, end), view)
         view.commit()
