@@ -183,7 +183,7 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> None:
-        """Reads up to `chunk` positions of prompts, and decodes a token of each request whose prompt was read before."""
+        """Reads up to `chunk` positions of prompts; decodes a token of each request whose prompt was read before."""
         ready = [ticket for ticket in self.running if ticket.sequence is None]
         end = self.counts.prefilled + self.chunk
         while self.counts.prefilled < end and (ticket := self._reading()) is not None:

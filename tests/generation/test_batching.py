@@ -234,6 +234,27 @@ def test_unsound_pages_are_noticed() -> None:
     assert not pages.sound, "known, and not known to be"
 
 
+def test_requests_that_come_together_share_too(tokenizer, ask) -> None:
+    model = model_of(tokenizer, ["full", "window"])
+    asked = [ask("what colour is the big shape in the picture?" + end, f"q{end}", 3) for end in ("", "!", "?", "")]
+    engine = Engine(model, page_size=1)
+    tickets = [engine.submit(sample, max_new_tokens=6) for sample in asked]
+    engine.step()
+    assert [len(ticket.ids) for ticket in tickets] == [1] * 4, "all are read in one step, of which they take little"
+    assert tickets[0].shared == 0 and all(ticket.shared > 40 for ticket in tickets[1:])
+    assert [ticket.text() for ticket in tickets] == [answer.text for answer in generate(model, asked, 6)]
+
+
+def test_no_step_reads_more_than_a_chunk(tokenizer, samples) -> None:
+    engine = Engine(model_of(tokenizer, ["full"]), chunk=7)
+    for sample in samples:
+        engine.submit(sample, max_new_tokens=6)
+    while engine.waiting or engine.running:
+        before = engine.counts.prefilled
+        engine.step()
+        assert engine.counts.prefilled - before <= 7
+
+
 def test_the_first_token_waits_for_nothing(tokenizer, samples) -> None:
     engine = Engine(model_of(tokenizer, ["full"]))
     ticket = engine.submit(samples[0], max_new_tokens=5)
