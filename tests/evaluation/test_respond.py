@@ -22,7 +22,7 @@ STOP = ("e", "or", "\n")
 class Plain(Benchmark):
     name = "plain"
     plain = True
-    max_new_tokens = 24
+    max_new_tokens = 10
     stop = STOP
 
     def __init__(self, temperature: float, plain: bool) -> None:
@@ -39,16 +39,14 @@ def model() -> MultimodalModel:
 
 
 def samples() -> list[Sample]:
-    return [Sample(f"q{i}", [{"role": "user", "content": text}]) for i, text in enumerate(TEXTS * 3)]
+    return [Sample(f"q{i}", [{"role": "user", "content": text}]) for i, text in enumerate(TEXTS * 2)]
 
 
 @pytest.mark.parametrize("plain", [True, False])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_the_batch_changes_nothing(model: MultimodalModel, temperature: float, plain: bool) -> None:
-    found = [
-        [answer.text for answer in respond(model, Plain(temperature, plain), samples(), size)] for size in (1, 4, 16)
-    ]
-    assert found[0] == found[1] == found[2]
+    found = [[answer.text for answer in respond(model, Plain(temperature, plain), samples(), size)] for size in (1, 4)]
+    assert found[0] == found[1]
     assert len(set(found[0])) > 3 and not any(stop in text for text in found[0] for stop in STOP)
 
 
