@@ -11,7 +11,7 @@ Shape legend: `L` elements of a sample.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any, Literal, Protocol
@@ -30,6 +30,23 @@ class Vocabulary(Protocol):
 
     def encode(self, text: str) -> list[int]: ...
     def special(self, name: str) -> int: ...
+
+
+class Written(str):
+    """Text that a model wrote, with its tokens: the same text encoded may give others, and what was computed of these
+    would be of no use. Ordinary text in every other way; no file of data can hold one. `ids` must hold no special."""
+
+    ids: tuple[int, ...]
+
+    def __new__(cls, text: str, ids: Sequence[int] = ()) -> Written:
+        self = super().__new__(cls, text)
+        self.ids = tuple(ids)
+        return self
+
+
+def text_ids(vocabulary: Vocabulary, text: str) -> list[int]:
+    """The tokens of a part's text."""
+    return list(text.ids) if isinstance(text, Written) else vocabulary.encode(text)
 
 
 @dataclass(frozen=True)
@@ -197,7 +214,7 @@ class ChatTemplate:
                 writer.open(role)
             for part in checked_parts(sample, message):
                 if part["type"] == "text":
-                    writer.put(writer.vocabulary.encode(part["text"]), supervised=role == "assistant")
+                    writer.put(text_ids(writer.vocabulary, part["text"]), supervised=role == "assistant")
                 else:
                     writer.slots.append(Slot(len(writer.ids), part["type"], part["media"]))
                     writer.put([SLOT_IDS[part["type"]]])

@@ -25,6 +25,7 @@ from mm.datasets.chat_template import (
     check_prompt,
     checked_parts,
     checked_role,
+    text_ids,
 )
 from mm.types import IGNORE, SLOT_IDS, Sample
 
@@ -188,7 +189,7 @@ class _Writer:
     def _content(self, role: str, part: dict[str, Any]) -> None:
         self.answered = role == "assistant"
         if part["type"] == "text":
-            self._add(self.vocabulary.encode(part["text"]), supervised=self.answered)
+            self._add(text_ids(self.vocabulary, part["text"]), supervised=self.answered)
         else:
             self.slots.append(Slot(len(self.ids), part["type"], part["media"]))
             self._add([self.slot_ids[part["type"]]])

@@ -1,9 +1,9 @@
 """`mm generate`: answers to a file of prompts, one JSON object a line, that a kill can interrupt at any moment.
 
-A line of the input is {"messages": [{"role": ..., "content": ...}, ...]} or {"prompt": "text"}, with an "id" (default:
-the line's number). Content is text, or a list of parts: {"type": "text", "text": ...} or {"type": "image", "path": ...}
-(or audio, video); paths are relative to the file. A line of the output has the id and either text, finish_reason, and
-how long prompt and answer are, or the error that this prompt alone has met. Answers come in the order of the prompts.
+A line of the input is {"messages": [...]}, a chat as `mm.datasets.messages` reads it (paths relative to the file), or
+{"prompt": "text"}, with an "id" (default: the line's number). A line of the output has the id and either text,
+finish_reason, and how long prompt and answer are, or the error that this prompt alone has met. Answers come in the
+order of the prompts.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser = _Parser(
         prog="mm generate",
         description="Answers prompts of a JSON-lines file. Run again, it goes on where it was interrupted.",
-        epilog='A line of --in: {"id": "1", "messages": [{"role": "user", "content": [{"type": "image", "path": '
+        epilog='A line of --in: {"id": "1", "messages": [{"role": "user", "content": [{"type": "image", "image": '
         '"a.png"}, {"type": "text", "text": "what is it?"}]}]}, or {"prompt": "text"}.',
     )
     parser.add_argument("model", metavar="MODEL", help="directory of a model, ours or a published one, or a GGUF file")
@@ -185,42 +185,12 @@ def read_prompts(path: Path) -> Iterator[Sample]:
 
 
 def _sample(record: Any, where: str, number: str, folder: Path) -> Sample:
-    from mm.types import Sample
+    from mm.datasets.messages import sample_of_messages
 
     if not isinstance(record, dict) or ("messages" in record) == ("prompt" in record):
         raise ValueError(f'{where}: give an object with either "messages" or "prompt"')
-    messages = record.get("messages", [{"role": "user", "content": record.get("prompt")}])
-    if not isinstance(messages, list) or not messages:
-        raise ValueError(f'{where}: "messages" must be a list with at least one message')
-    media: list[Any] = []
-    turns = [_message(message, f"{where}, message {place}", folder, media) for place, message in enumerate(messages, 1)]
-    return Sample(key=str(record.get("id", number)), messages=turns, media=media)
-
-
-def _message(message: Any, where: str, folder: Path, media: list[Any]) -> dict[str, Any]:
-    from mm.types import KINDS, Media
-
-    if not isinstance(message, dict) or message.get("role") not in ("system", "user", "assistant"):
-        raise ValueError(f'{where}: "role" must be system, user or assistant')
-    content = message.get("content")
-    if isinstance(content, str):
-        return {"role": message["role"], "content": content}
-    if not isinstance(content, list):
-        raise ValueError(f'{where}: "content" must be text or a list of parts')
-    parts: list[dict[str, Any]] = []
-    for part in content:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind == "text" and isinstance(part.get("text"), str):
-            parts.append({"type": "text", "text": part["text"]})
-        elif kind in KINDS and isinstance(part.get("path"), str):
-            parts.append({"type": kind, "media": len(media)})
-            media.append(Media(kind, folder / part["path"], part["path"]))
-        else:
-            raise ValueError(
-                f'{where}: {json.dumps(part)[:80]} is no part; give {{"type": "text", "text": ...}} or '
-                f'{{"type": "image" (or audio, video), "path": ...}}'
-            )
-    return {"role": message["role"], "content": parts}
+    messages = record["messages"] if "messages" in record else [{"role": "user", "content": record["prompt"]}]
+    return sample_of_messages(messages, str(record.get("id", number)), where, folder)
 
 
 def answers(

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, overload
 
 import torch
 import torch.nn.functional as F
@@ -294,13 +294,20 @@ class MultimodalModel(nn.Module):
         cache.next_position = sequence.positions.masked_fill(~sequence.mask[..., None], -1).amax((1, 2)) + 1
         cache.cross = sequence.cross
 
-    def generate(self, *args: Any, **options: Any) -> Tensor:
-        """See mm.generation.engine.generate_ids: greedy or sampled continuation of input_ids (B, T) -> (B, <=N)."""
-        from mm.generation.engine import (
-            generate_ids,
-        )  # the one import upward: a model can speak without its caller knowing how
+    @overload
+    def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Tensor: ...
+    @overload
+    def generate(self, *, messages: list[dict[str, Any]], **options: Any) -> str: ...
+    def generate(self, input_ids: Any = None, attention_mask: Any = None, messages: Any = None, **options: Any) -> Any:
+        """Text ids (B, T) -> the new ids alone (B, <= max_new_tokens); or one chat -> the text of its answer.
 
-        return generate_ids(self, *args, **options)
+        `messages` are [{"role", "content"}, ...] with media in their parts (mm.datasets.messages). `options` are
+        max_new_tokens, seed, max_length and those of mm.generation.options.Decoding: temperature, num_beams, cache, ...
+        Errors: mm.generation.generate, which also gives answers with all that is known of them.
+        """
+        from mm.generation.answer import generate_either  # upward: a model can speak without its caller knowing how
+
+        return generate_either(self, input_ids, attention_mask, messages, **options)
 
 
 def text_batch(input_ids: Tensor, attention_mask: Tensor | None = None) -> Batch:

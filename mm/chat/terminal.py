@@ -49,6 +49,8 @@ class Terminal:
         """Chats until /quit or end of input. `name` says in the greeting whom with."""
         kinds = ", ".join(("text", *self.session.model.media_specs()))
         self.note(f"{name} · reads {kinds} · /help lists the commands, Ctrl-D leaves")
+        if self.session.rereads:
+            self.note(f"(each turn reads the whole chat anew: {self.session.rereads})")
         while self.open:
             try:
                 line = self._read_line()
@@ -136,10 +138,11 @@ class Terminal:
         if last is None:
             return "(no answer yet)"
         rate = (last.tokens - 1) / (last.seconds - last.first_seconds) if last.tokens > 1 else 0.0
+        known = f" ({last.kept} known from before)" if last.kept else ""
         ended = {"stop": "ended by the model", "length": "cut at the limit", None: "stopped"}[last.finish_reason]
         return (
-            f"turn {self.session.turns}: prompt {last.prompt_length} positions, answer {last.tokens} tokens ({ended}); "
-            f"first text after {last.first_seconds:.2f} s, then {rate:.1f} tokens/s"
+            f"turn {self.session.turns}: prompt {last.prompt_length} positions{known}, answer {last.tokens} tokens "
+            f"({ended}); first text after {last.first_seconds:.2f} s, then {rate:.1f} tokens/s"
         )
 
 

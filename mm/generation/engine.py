@@ -26,6 +26,7 @@ from mm.generation.requests import (
     TokenLogprob,
     batches,
     check_at_least_one,
+    check_context,
     check_model,
     encode_requests,
     pad_right,
@@ -166,6 +167,7 @@ def generate_ids(
     seed: int | Sequence[int] = 0,
     stop: Collection[int] | None = None,
     pad_id: int = 0,
+    max_length: int | None = None,
     **options: Unpack[Options],
 ) -> Tensor:
     """Continues text given as ids (B, T) int64: the new ids alone, (B, <= max_new_tokens) int64 on the model's device.
@@ -173,13 +175,16 @@ def generate_ids(
     `attention_mask` (B, T) is 1 at real tokens; padding may stand on either side. A row ends with the first id that is
     in `stop` (default: the template's closing special; an empty collection never stops), and `pad_id` fills it up to
     the longest row. `seed` is a whole number, from which each row's own is made with its number, or each row's own.
+    `max_length` bounds prompt plus answer.
 
     Raises ValueError as `generate` does, and for a row that has no token, naming it.
     """
     check_model(model)
-    check_at_least_one(max_new_tokens=max_new_tokens)
+    check_at_least_one(max_new_tokens=max_new_tokens, max_length=max_length)
     decoding = Decoding(**options)
     ids, mask = pad_right(input_ids, attention_mask)
+    for row, length in enumerate(mask.sum(1).tolist()):
+        check_context(f"row {row} of input_ids", length, max_new_tokens, max_length)
     inputs = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
     rows = range(len(ids))
     prompts = Prompts(

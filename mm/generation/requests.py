@@ -162,15 +162,27 @@ def encode_requests(
     # No length limit: a prompt is never shortened behind the caller's back. Too long is an error instead.
     processor = Processor(model.tokenizer, model.template, model.media_specs(), max_length=None)
     for index, sample in enumerate(samples):
-        if not any(message["content"] for message in sample.messages):
+        if not any(_says_something(message.get("content")) for message in sample.messages):
             raise ValueError(f"sample {sample.key}: the prompt is empty; give it a message with text or media")
         encoded = processor.encode(sample, generation_prompt=True)
-        if max_length is not None and encoded.length + max_new_tokens > max_length:
-            raise ValueError(
-                f"sample {sample.key}: a prompt of {encoded.length} positions and max_new_tokens={max_new_tokens} "
-                f"exceed the context of {max_length}; shorten the chat, its media or the answer"
-            )
+        check_context(f"sample {sample.key}", encoded.length, max_new_tokens, max_length)
         yield Request(index, f"sample {sample.key}", encoded, request_generator(seed, index, sample.key))
+
+
+def _says_something(content: Any) -> bool:
+    """Whether a message has any text or media."""
+    if isinstance(content, str) or not isinstance(content, Sequence):
+        return bool(content)
+    return any(part.get("type") != "text" or part.get("text") for part in content if isinstance(part, dict))
+
+
+def check_context(name: str, length: int, max_new_tokens: int, max_length: int | None) -> None:
+    """Raises ValueError, beginning with `name`, for a prompt that leaves no room for its answer in the context."""
+    if max_length is not None and length + max_new_tokens > max_length:
+        raise ValueError(
+            f"{name}: a prompt of {length} positions and max_new_tokens={max_new_tokens} exceed the context of "
+            f"{max_length}; shorten the chat, its media or the answer"
+        )
 
 
 def request_generator(seed: int | Sequence[int], index: int, key: str) -> torch.Generator:

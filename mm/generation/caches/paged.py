@@ -39,13 +39,14 @@ class Table:
 class Pages:
     """The store: `count` pages of `size` positions for each tensor of each layer, made when first written to.
 
-    A page that no table uses any more keeps its content until the room is needed, the longest unused first.
+    A page that no table uses any more keeps its content until the room is needed, the longest unused first. With
+    `grows` the store doubles when all pages are in use, and `OutOfPages` is never raised.
     """
 
-    def __init__(self, layers: int, count: int, size: int = 16) -> None:
+    def __init__(self, layers: int, count: int, size: int = 16, grows: bool = False) -> None:
         if count < 1 or size < 1:
             raise ValueError(f"Pages: count {count} and size {size} must be at least 1")
-        self.count, self.size = count, size
+        self.count, self.size, self.grows = count, size, grows
         self.pools: list[dict[str, Tensor]] = [{} for _ in range(layers)]
         self._free = list(range(count - 1, -1, -1))
         self._uses = [0] * count
@@ -61,6 +62,13 @@ class Pages:
     def used(self) -> int:
         """Pages in some request's table."""
         return sum(1 for uses in self._uses if uses)
+
+    @property
+    def sound(self) -> bool:
+        """Whether no page is lost or has two owners while none is in use: a KeyboardInterrupt can come at any line."""
+        known = list(self._known.values())
+        unlisted = {page: key for key, page in self._known.items()} == self._key_of
+        return unlisted and not any(self._uses) and sorted([*self._free, *known]) == list(range(self.count))
 
     def share(self, table: Table, identities: Sequence[Any]) -> int:
         """Puts the known pages that the request begins with into its empty table; returns how many positions that is,
@@ -80,9 +88,20 @@ class Pages:
     def reserve(self, table: Table, length: int) -> None:
         """Pages for `length` positions in all. Raises OutOfPages, the table as it was, where there are not enough."""
         needed = -(-length // self.size) - len(table.pages)
-        if needed > self.available:
-            raise OutOfPages(f"{needed} pages are needed and {self.available} are to be had")
+        if needed > len(self._free) and needed > self.available:  # the second counts every page that is known
+            if not self.grows:
+                raise OutOfPages(f"{needed} pages are needed and {self.available} are to be had")
+            self._grow(max(2 * self.count, self.count + needed))
         table.pages += [self._take() for _ in range(needed)]
+
+    def _grow(self, count: int) -> None:
+        for pool in self.pools:
+            for name, kept in pool.items():
+                pool[name] = kept.new_zeros(count * self.size, *kept.shape[1:])
+                pool[name][: len(kept)] = kept
+        self._free = [*range(count - 1, self.count - 1, -1), *self._free]  # the old ones go first
+        self._uses += [0] * (count - self.count)
+        self.count = count
 
     def _take(self) -> int:
         if not self._free:
