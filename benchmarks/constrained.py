@@ -30,7 +30,7 @@ from mm.generation import generate
 from mm.generation.engine import generate_ids
 from mm.types import Sample
 
-REGEX = r"(Mon|Tues|Wednes|Thurs|Fri)day, [0-3][0-9] (January|June|October) (19|20)[0-9]{2}: [a-z]{3,12}( [a-z]{3,12}){0,3}\."
+REGEX = r"(Mon|Tues|Fri)day, [0-3][0-9] (January|June) (19|20)[0-9]{2}: [a-z]{3,12}( [a-z]{3,12}){0,3}\."
 SCHEMA: dict[str, Any] = {
     "type": "object",
     "properties": {

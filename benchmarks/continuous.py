@@ -210,7 +210,7 @@ def pictures(tokenizer: TextTokenizer, rounds: int) -> bool:
 
 
 def second_turn(engine: Engine, data: bytes) -> bool:
-    """Prints how many positions of a chat's second turn are read; whether that is its new ones and below a page more."""
+    """Prints how many positions of a second turn are read; whether that is its new ones and below a page more."""
     question, turn = "What is in this picture?", {"role": "user", "content": "And what colour is the thing behind it?"}
     first = engine.submit(ask(question, data), max_new_tokens=40)
     said = first.text()

@@ -162,7 +162,7 @@ def compare(
         counts, tokens = went[name], new * len(prompts)
         share = f"{counts.rate:.1%} of {counts.drafted}"
         print(
-            f"| {what} | {name}, {length} | {share} | {tokens / (counts.passes + 1):.2f} | {ups[name]:.2f}x |",
+            f"| {what} | {name}, {length} | {share} | {tokens / (counts.passes + len(prompts)):.2f} | {ups[name]:.2f}x |",
             flush=True,
         )
     return ups
@@ -197,12 +197,8 @@ def repeating(rounds: int) -> bool:
     for piece in text.replace("<|im_", "\0<|im_").split("\0"):
         name = next((name for name in ("<|im_start|>", "<|im_end|>") if piece.startswith(name)), "")
         parts += ([model.tokenizer.special(name)] if name else []) + model.tokenizer.encode(piece.removeprefix(name))
-    kinds = [
-        ("lookup", "lookup", 4),
-        ("lookup", "lookup", 10),
-        ("its first 15 of 30 layers", first_layers(model, 15), 4),
-    ]
-    kinds = [(f"{name}" if length != 10 else "lookup far", draft, length) for name, draft, length in kinds]
+    half = first_layers(model, 15)
+    kinds = [("lookup", "lookup", 4), ("lookup far", "lookup", 10), ("its first 15 of 30 layers", half, 4)]
     ups = compare("SmolLM2-135M, a passage repeated", model, [torch.tensor([parts])], 96, kinds, rounds)
     return ups["lookup"] > 1
 

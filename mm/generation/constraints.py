@@ -17,7 +17,6 @@ from torch import Tensor
 
 from mm.tokenizers.text import TextTokenizer
 
-
 # JSON allows white space without end, and a model that likes it (a small one, or random weights) would write nothing
 # else. This much is enough for indented JSON; a schema's own "x-guidance" may say otherwise.
 _JSON_SPACE = {"whitespace_flexible": True, "whitespace_pattern": r"(\n {0,16}| )?"}
