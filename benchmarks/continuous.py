@@ -220,7 +220,8 @@ def second_turn(engine: Engine, data: bytes) -> bool:
     read, encoded = engine.counts.prefilled - before.prefilled, engine.counts.encoded - before.encoded
     # Random text need not come back as the tokens that it was written in: what differs from there on is new.
     pairs = zip(first.identities, second.identities, strict=False)
-    kept = next(place for place, (one, other) in enumerate(pairs) if one != other)
+    whole = min(len(first.identities), len(second.identities))
+    kept = next((place for place, (one, other) in enumerate(pairs) if one != other), whole)
     new = second.prompt_length - kept
     print(f"second turn: {second.prompt_length} positions, {new} new, {read} read, {encoded} pictures encoded\n")
     return new <= read < new + engine.pages.size and encoded == 0

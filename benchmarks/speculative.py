@@ -160,9 +160,9 @@ def compare(
     for name, _, length in drafts:
         ups[name] = median_ratio(seconds["plain"], seconds[name])
         counts, tokens = went[name], new * len(prompts)
-        share = f"{counts.rate:.1%} of {counts.drafted}"
+        share, a_pass = f"{counts.rate:.1%} of {counts.drafted}", tokens / (counts.passes + len(prompts))
         print(
-            f"| {what} | {name}, {length} | {share} | {tokens / (counts.passes + len(prompts)):.2f} | {ups[name]:.2f}x |",
+            f"| {what} | {name}, {length} | {share} | {a_pass:.2f} | {ups[name]:.2f}x |",
             flush=True,
         )
     return ups
