@@ -26,6 +26,8 @@ class Cache:
     This one keeps everything. Others, in mm.generation.caches, keep less by overriding `extend`.
     """
 
+    ragged = False  # whether `extend_rows` is to be asked for
+
     def __init__(self, layers: int) -> None:
         self.layers: list[dict[str, Tensor]] = [{} for _ in range(layers)]
         self.room: list[dict[str, Tensor]] = [{} for _ in range(layers)]  # longer tensors, which those of layers begin
@@ -59,6 +61,11 @@ class Cache:
         the mixer's own. `shift` turns cached keys on by places; None says that keys know nothing of their places.
         """
         return layout, window, self.append(layer, **new)
+
+    def extend_rows(self, layer: int, **new: Tensor) -> list[list[Tensor]]:
+        """As `extend`, for one new position of each row (B, 1, ...) that sees all that its row has: of each tensor a
+        list of what each row has, (S_row, ...), without padding. Only where `ragged` says so."""
+        raise TypeError(f"{type(self).__name__} keeps its rows side by side; ask extend")
 
     def attended(self, layer: int, q: Tensor, layout: Layout, window: Window | None, scale: float) -> None:
         """Attention's word, after `extend`, of which queries (B, T, H, d) it asked. Here nobody listens."""

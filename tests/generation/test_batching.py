@@ -127,7 +127,7 @@ def test_pages_are_waited_for(tokenizer, samples) -> None:
         engine.submit(samples[0], max_new_tokens=90)
 
 
-@pytest.mark.parametrize("rounds", [40, pytest.param(400, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rounds", [40, pytest.param(420, marks=pytest.mark.slow)])
 def test_cancelled_at_any_step_nothing_leaks(tokenizer, samples, rounds) -> None:
     model = model_of(tokenizer, ["full"])
     engine = Engine(model, pages=40, page_size=4, max_rows=3, chunk=7)
