@@ -259,7 +259,8 @@ def _finish(sample: Sample, ticket: Any) -> dict[str, Any]:
         text = ticket.text()
     except (ValueError, RuntimeError) as error:
         return {"id": sample.key, "error": str(error)}
-    return _record(sample, text, ticket.finish_reason, ticket.prompt_length, len(ticket.ids))
+    likely = {} if ticket.logprobs is None else {"logprobs": ticket.logprobs}
+    return _record(sample, text, ticket.finish_reason, ticket.prompt_length, len(ticket.ids)) | likely
 
 
 def _record(sample: Sample, text: str, reason: str, prompt: int, answer: int) -> dict[str, Any]:

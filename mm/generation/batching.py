@@ -23,6 +23,7 @@ from mm.datasets.processor import Encoded, EncodedMedia
 from mm.fusion.splice import Features, splice
 from mm.generation.caches.paged import OutOfPages, PagedView, Pages, Table
 from mm.generation.content import Remembered, beside, digest, identities
+from mm.generation.logprobs import TokenLogprob, likelihoods
 from mm.generation.options import Decoding, Options
 from mm.generation.requests import Prompts, check_at_least_one, check_model, encode_requests, stop_ids
 from mm.generation.rows import Shaper
@@ -49,12 +50,13 @@ class Counts:
 class Ticket(Iterator[str]):
     """One request in an engine: an iterator of text pieces, whole characters each. Asking for one drives the engine.
 
-    `ids` grow as they come; `finish_reason` is "stop", "length" or "cancelled" at the end, None before. What failed for
-    this request alone is raised here, by its next piece.
+    `ids` grow as they come, `logprobs` with them if asked for; `finish_reason` is "stop", "length" or "cancelled" at
+    the end, None before. What failed for this request alone is raised here, by its next piece.
     """
 
     def __init__(self, engine: Engine, encoded: Encoded, name: str, shaper: Shaper, max_new_tokens: int) -> None:
         self.ids: list[int] = []
+        self.logprobs: list[TokenLogprob] | None = None if shaper.decoding.logprobs is None else []
         self.finish_reason: str | None = None
         self.error: Exception | None = None
         self.prompt_length = encoded.length
@@ -87,11 +89,13 @@ class Ticket(Iterator[str]):
         if self.finish_reason is None:
             self.engine._leave(self, "cancelled")
 
-    def _take(self, token: int) -> None:
+    def _take(self, token: int, likely: TokenLogprob | None) -> None:
         """One more token of the answer."""
         stops = self.shaper.stops
         if token not in stops:
             self.ids.append(token)
+            if self.logprobs is not None and likely is not None:
+                self.logprobs.append(likely)
             self._show(self._cutter.push(self._decoder.push(token)))
         if not self.shaper.going([token]):
             self._end("stop")
@@ -284,15 +288,19 @@ class Engine:
         for places in together.values():
             shaper = tickets[places[0]].shaper
             generators = [tickets[place].shaper.prompts.generators[0] for place in places]
-            chosen = shaper.decoding.choose(shaper.mask(logits[places]), generators, shaper.history)
-            for place, token in zip(places, chosen.tolist(), strict=True):
-                self._attempt(tickets[place], lambda ticket, token=token: self._give(ticket, token))
+            ids = shaper.decoding.choose(shaper.mask(logits[places]), generators, shaper.history).tolist()
+            top = shaper.decoding.logprobs
+            # One that has no distribution (INVALID) is refused before its likelihood is looked at.
+            likely = [] if top is None else likelihoods(logits[places], [max(token, 0) for token in ids], top)
+            for rank, place in enumerate(places):
+                token, its = ids[rank], likely[rank] if likely else None
+                self._attempt(tickets[place], lambda ticket, token=token, its=its: self._give(ticket, token, its))
 
-    def _give(self, ticket: Ticket, token: int) -> None:
+    def _give(self, ticket: Ticket, token: int, likely: TokenLogprob | None) -> None:
         if token == INVALID:
             ticket.shaper.prompts.refuse(0, len(ticket.ids) + 1)
         self.counts.decoded += 1
-        ticket._take(token)
+        ticket._take(token, likely)
 
     def _leave(self, ticket: Ticket, reason: str) -> None:
         """Ends a request and frees what it holds."""
@@ -310,7 +318,6 @@ _NOT_HERE = {
     "penalty_alpha": lambda d: d.penalty_alpha is not None,
     "draft": lambda d: d.draft is not None,
     "amateur": lambda d: d.amateur is not None,
-    "logprobs": lambda d: d.logprobs is not None,
     "cache": lambda d: d.cache != "dynamic",
 }
 
@@ -321,4 +328,4 @@ def unsupported(decoding: Decoding) -> str | None:
 
 
 def _hashable(decoding: Decoding) -> Any:
-    return decoding.temperature, decoding.top_k, decoding.top_p, decoding.min_p, decoding.typical_p
+    return decoding.temperature, decoding.top_k, decoding.top_p, decoding.min_p, decoding.typical_p, decoding.logprobs

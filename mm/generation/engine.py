@@ -9,13 +9,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, Unpack
+from typing import Literal, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
 
 from mm.generation.beams import beam_search
 from mm.generation.contrastive import contrastive_search
+from mm.generation.logprobs import TokenLogprob, likelihoods
 from mm.generation.options import Decoding, Options
 from mm.generation.requests import (
     GenerativeModel,
@@ -23,7 +24,6 @@ from mm.generation.requests import (
     Request,
     Step,
     Steps,
-    TokenLogprob,
     batches,
     check_at_least_one,
     check_model,
@@ -46,13 +46,24 @@ FinishReason = Literal["stop", "length"]
 class Generation:
     """An answer. `ids` are its tokens without the closing special; `text` ends before a stop string. `finish_reason` is
     "stop" when the model closed its turn or wrote a stop string, and "length" when `max_new_tokens` cut it;
-    `prompt_length` counts decoder positions, media included; `logprobs`, if asked for, are of `ids`, one each."""
+    `prompt_length` counts decoder positions, media included; `logprobs`, if asked for, are of `ids`, one each; `score`
+    is that of beam search (`mm.generation.beams.Hypothesis`), which counts the closing special too."""
 
     text: str
     ids: list[int]
     finish_reason: FinishReason
     prompt_length: int
     logprobs: list[TokenLogprob] | None = None
+    score: float | None = None
+
+
+class Decoded(NamedTuple):
+    """What the loop made of one prompt: ids, the one that stopped it included, with their likelihoods if asked for, and
+    the score of the best beam."""
+
+    ids: list[int]
+    logprobs: list[TokenLogprob] | None = None
+    score: float | None = None
 
 
 def generate(
@@ -101,12 +112,13 @@ def generate(
 class Stream(Iterator[str]):
     """One answer as it is written: an iterator of text pieces, whole characters each.
 
-    `ids` grows as tokens come; `finish_reason` is None until the answer has ended. `close()` stops decoding at once and
-    frees the cache; dropping the stream does the same.
+    `ids` grows as tokens come, and so do their `logprobs` if asked for; `finish_reason` is None until the answer has
+    ended. `close()` stops decoding at once and frees the cache; dropping the stream does the same.
     """
 
     def __init__(self, model: GenerativeModel, request: Request, decoding: Decoding, max_new_tokens: int) -> None:
         self.ids: list[int] = []
+        self.logprobs: list[TokenLogprob] | None = None if decoding.logprobs is None else []
         self.finish_reason: FinishReason | None = None
         self.prompt_length = request.encoded.length
         self._pieces = self._read(model, request, decoding, max_new_tokens)
@@ -123,6 +135,8 @@ class Stream(Iterator[str]):
                 reason = "stop"
                 break
             self.ids.append(token)
+            if self.logprobs is not None and step.logprobs is not None:
+                self.logprobs.append(step.logprobs[0])
             if piece := cutter.push(decoder.push(token)):
                 yield piece
         if piece := cutter.push(decoder.flush()) + cutter.flush():
@@ -190,7 +204,7 @@ def generate_ids(
     )
     stops = stop_ids(model) if stop is None else stop
     collected = decode(model, prompts, decoding, stops, max_new_tokens)
-    answers = [torch.tensor(ids) for ids, _ in collected]
+    answers = [torch.tensor(each.ids) for each in collected]
     return torch.nn.utils.rnn.pad_sequence(answers, batch_first=True, padding_value=pad_id).to(model.device)
 
 
@@ -200,23 +214,25 @@ def _answer(
     stops = stop_ids(model)
     answers: list[Generation] = []
     found = decode(model, Prompts.of(model, requests), decoding, stops, max_new_tokens)
-    for request, (ids, logprobs) in zip(requests, found, strict=True):
+    for request, (ids, logprobs, score) in zip(requests, found, strict=True):
         closed = ids[-1] in stops
         ids = ids[:-1] if closed else ids
         whole = model.tokenizer.decode(ids)
         text = cut_before(whole, decoding.stop_strings)
         reason: FinishReason = "stop" if closed or len(text) < len(whole) else "length"
         logprobs = None if logprobs is None else logprobs[: len(ids)]
-        answers.append(Generation(text, ids, reason, request.encoded.length, logprobs))
+        answers.append(Generation(text, ids, reason, request.encoded.length, logprobs, score))
     return answers
 
 
 def decode(
     model: GenerativeModel, prompts: Prompts, decoding: Decoding, stops: Collection[int], max_new_tokens: int
-) -> list[tuple[list[int], list[TokenLogprob] | None]]:
-    """The ids of each prompt's answer, the first that is in `stops` included; and how likely each was, if asked for."""
+) -> list[Decoded]:
+    """Each prompt's answer, to the first id that is in `stops`."""
+    asked = decoding.logprobs is not None
     if decoding.num_beams > 1:
-        return [(best.ids, None) for best, *_ in beam_search(model, prompts, decoding, stops, max_new_tokens)]
+        found = beam_search(model, prompts, decoding, stops, max_new_tokens)
+        return [Decoded(best.ids, best.logprobs if asked else None, best.score) for best, *_ in found]
     collected: list[list[int]] = [[] for _ in prompts.names]
     logprobs: list[list[TokenLogprob]] = [[] for _ in prompts.names]
     for step in steps(model, prompts, decoding, stops, max_new_tokens):
@@ -224,8 +240,7 @@ def decode(
             collected[row].append(step.ids[place])
             if step.logprobs is not None:
                 logprobs[row].append(step.logprobs[place])
-    asked = decoding.logprobs is not None
-    return [(ids, likely if asked else None) for ids, likely in zip(collected, logprobs, strict=True)]
+    return [Decoded(ids, likely if asked else None) for ids, likely in zip(collected, logprobs, strict=True)]
 
 
 def steps(
@@ -268,7 +283,7 @@ def _one_by_one(
         ids = chosen.tolist()  # the one wait for the device in a step
         if INVALID in ids:
             prompts.refuse(rows[ids.index(INVALID)], step)
-        yield Step(rows, ids, None if decoding.logprobs is None else _logprobs(logits, ids, decoding.logprobs))
+        yield Step(rows, ids, None if decoding.logprobs is None else likelihoods(carried.own, ids, decoding.logprobs))
         going = carried.going(ids)
         if not going or step == max_new_tokens:
             return
@@ -277,15 +292,3 @@ def _one_by_one(
             carried.keep(kept)
             chosen, rows = chosen[kept], [rows[place] for place in going]
         logits = carried.step(chosen)
-
-
-def _logprobs(logits: Tensor, ids: list[int], top: int) -> list[TokenLogprob]:
-    """Of each row of logits (B, V) the log probability of its id, and the `top` likeliest."""
-    log_p = logits.log_softmax(-1)
-    best, places = log_p.topk(min(top, log_p.shape[-1]), dim=-1)
-    chosen = log_p.gather(1, torch.tensor(ids, device=log_p.device)[:, None])[:, 0].tolist()
-    alternatives = zip(places.tolist(), best.tolist(), strict=True)
-    return [
-        TokenLogprob(token, value, list(zip(*pairs, strict=True)))
-        for token, value, pairs in zip(ids, chosen, alternatives, strict=True)
-    ]

@@ -65,7 +65,7 @@ class Decoding(Sampler):
                        times the probability of the likeliest
     thinking_budget    so many tokens between the `thinking_tags`, then the closing one, and the answer
     stop_strings       the answer ends before the first of them
-    logprobs           also say how likely each token was, and so many of the likeliest at its place
+    logprobs           also say how likely the model itself held each token, and so many of the likeliest at its place
     regex              the whole answer matches it;  json_schema, grammar: as in mm.generation.constraints.Form
     draft              speculative decoding: a smaller model with the same tokenizer, "lookup" (what followed the same
                        words before) or "mtp" (the model's own prediction modules) proposes `draft_length` tokens, which
@@ -176,8 +176,4 @@ REFUSED: dict[tuple[str, str], str] = {
     ("draft", "a cache that loses tokens"): "a draft's tokens are taken back; use cache dynamic, int8 or int4",
     ("amateur", "penalty_alpha"): "they are two methods",
     ("thinking_budget", "regex, json_schema or grammar"): "the form is that of the whole answer, reasoning included",
-    ("logprobs", "num_beams"): OTHERWISE,
-    ("logprobs", "penalty_alpha"): OTHERWISE,
-    ("logprobs", "draft"): OTHERWISE,
-    ("logprobs", "amateur"): "what is drawn from is no distribution of the model's",
 }

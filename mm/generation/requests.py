@@ -13,17 +13,9 @@ from torch import Tensor
 from mm.datasets.chat_template import ChatTemplate
 from mm.datasets.packing import collate
 from mm.datasets.processor import Encoded, Processor
+from mm.generation.logprobs import TokenLogprob
 from mm.tokenizers.text import TextTokenizer
 from mm.types import MediaSpec, Sample
-
-
-class TokenLogprob(NamedTuple):
-    """A token's log probability under the model itself, before penalties, temperature and filters; and the likeliest
-    tokens at its place, (id, log probability), best first."""
-
-    id: int
-    logprob: float
-    top: list[tuple[int, float]]
 
 
 class Step(NamedTuple):

@@ -248,7 +248,7 @@ class TreeSearch:
             return [[] for _ in nodes]
         requests = [self._continued(node.ids) for node in nodes]
         found = decode(self.model, Prompts.of(self.model, requests), self.decoding, self.stops, room)
-        return [ids for ids, _ in found]
+        return [each.ids for each in found]
 
     def _continued(self, ids: list[int]) -> Request:
         """The prompt with the beginning of an answer, and random numbers that nobody else has."""
