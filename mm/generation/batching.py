@@ -318,6 +318,7 @@ _NOT_HERE = {
     "penalty_alpha": lambda d: d.penalty_alpha is not None,
     "draft": lambda d: d.draft is not None,
     "amateur": lambda d: d.amateur is not None,
+    "steer": lambda d: d.steer is not None,
     "cache": lambda d: d.cache != "dynamic",
 }
 

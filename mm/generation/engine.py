@@ -35,6 +35,7 @@ from mm.generation.requests import (
 from mm.generation.rows import Rows
 from mm.generation.sampling import INVALID
 from mm.generation.speculative import speculate
+from mm.generation.steered import SteeredRows
 from mm.generation.stopping import Cutter, cut_before
 from mm.tokenizers.text import StreamDecoder
 from mm.types import Sample
@@ -252,6 +253,8 @@ def steps(
     """
     if decoding.draft is not None:
         return _in_turn(speculate, model, prompts, decoding, stops, max_new_tokens)
+    if decoding.steer is not None and decoding.steer.moves:
+        return _steered(model, prompts, decoding, stops, max_new_tokens)
     method = _one_by_one if decoding.penalty_alpha is None else contrastive_search
     return method(model, prompts, decoding, stops, max_new_tokens)
 
@@ -274,8 +277,20 @@ def _in_turn(
 def _one_by_one(
     model: GenerativeModel, prompts: Prompts, decoding: Decoding, stops: Collection[int], max_new_tokens: int
 ) -> Steps:
+    yield from _plainly(Rows(model, prompts, decoding, stops), max_new_tokens)
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def _steered(
+    model: GenerativeModel, prompts: Prompts, decoding: Decoding, stops: Collection[int], max_new_tokens: int
+) -> Steps:
+    yield from _plainly(SteeredRows(model, prompts, decoding, stops), max_new_tokens)
+
+
+def _plainly(carried: Rows, max_new_tokens: int) -> Steps:
     """Greedy decoding and sampling: each token is chosen from the model's distribution, and that is that."""
-    carried = Rows(model, prompts, decoding, stops)
+    prompts, decoding = carried.prompts, carried.decoding
     logits = carried.read()
     rows = list(range(len(prompts.names)))
     for step in range(1, max_new_tokens + 1):

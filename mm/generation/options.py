@@ -9,6 +9,7 @@ from typing import Any, Literal, TypedDict
 from mm.generation.caches.choose import check
 from mm.generation.constraints import Form
 from mm.generation.sampling import Sampler
+from mm.generation.steering import Steering
 
 
 class Options(TypedDict, total=False):
@@ -33,6 +34,7 @@ class Options(TypedDict, total=False):
     penalty_alpha: float | None
     amateur: Any
     amateur_alpha: float
+    steer: Steering | None
     thinking_budget: int | None
     thinking_tags: tuple[str, str]
     stop_strings: Sequence[str]
@@ -63,6 +65,7 @@ class Decoding(Sampler):
     amateur            contrastive decoding (Li et al. 2023, arXiv 2210.15097): a smaller model with the same tokenizer;
                        what counts is how much likelier a token is than to it, among those with at least `amateur_alpha`
                        times the probability of the likeliest
+    steer              towards attributes, by moving what is kept of the past: mm.generation.steering.Steering
     thinking_budget    so many tokens between the `thinking_tags`, then the closing one, and the answer
     stop_strings       the answer ends before the first of them
     logprobs           also say how likely the model itself held each token, and so many of the likeliest at its place
@@ -86,6 +89,7 @@ class Decoding(Sampler):
     penalty_alpha: float | None = None
     amateur: Any = None
     amateur_alpha: float = 0.1
+    steer: Steering | None = None
     thinking_budget: int | None = None
     thinking_tags: tuple[str, str] = ("<think>", "</think>")
     stop_strings: Sequence[str] = ()
@@ -136,6 +140,8 @@ class Decoding(Sampler):
                 raise ValueError("penalty_alpha chooses among the top_k likeliest tokens: give top_k from 2 up (say 4)")
         if not 0 < self.amateur_alpha <= 1:
             raise ValueError(f"amateur_alpha={self.amateur_alpha}: give a share above 0 and at most 1")
+        if self.steer is not None and not isinstance(self.steer, Steering):
+            raise ValueError(f"steer={self.steer!r}: give a mm.generation.steering.Steering")
         if isinstance(self.draft, str) and self.draft not in ("lookup", "mtp"):
             raise ValueError(f"draft={self.draft!r}: give 'lookup', 'mtp' or a model")
         if self.thinking_budget is not None and (isinstance(self.thinking_budget, bool) or self.thinking_budget < 0):
@@ -153,6 +159,7 @@ SWITCHES: dict[str, Callable[[Decoding], bool]] = {
     "penalty_alpha": lambda d: d.penalty_alpha is not None,
     "draft": lambda d: d.draft is not None,
     "amateur": lambda d: d.amateur is not None,
+    "steer": lambda d: d.steer is not None,
     "logprobs": lambda d: d.logprobs is not None,
     "thinking_budget": lambda d: d.thinking_budget is not None,
     "regex, json_schema or grammar": lambda d: d.form is not None,
@@ -160,6 +167,7 @@ SWITCHES: dict[str, Callable[[Decoding], bool]] = {
     "top_p, min_p or typical_p": lambda d: any(each is not None for each in (d.top_p, d.min_p, d.typical_p)),
     "top_k": lambda d: d.top_k is not None,
     "a cache that loses tokens": lambda d: d.cache not in ("dynamic", "int8", "int4"),
+    "a cache other than dynamic": lambda d: d.cache != "dynamic",
 }
 SEARCHES = "it searches for the best and draws nothing"
 OTHERWISE = "it decodes in a way of its own, not token by token"
@@ -175,5 +183,10 @@ REFUSED: dict[tuple[str, str], str] = {
     ("draft", "amateur"): "a draft is checked against the model itself",
     ("draft", "a cache that loses tokens"): "a draft's tokens are taken back; use cache dynamic, int8 or int4",
     ("amateur", "penalty_alpha"): "they are two methods",
+    ("steer", "num_beams"): OTHERWISE,
+    ("steer", "penalty_alpha"): OTHERWISE,
+    ("steer", "draft"): "a draft is checked against the model itself",
+    ("steer", "amateur"): "they are two methods",
+    ("steer", "a cache other than dynamic"): "steering moves what is kept of the past, so it must be there as it was",
     ("thinking_budget", "regex, json_schema or grammar"): "the form is that of the whole answer, reasoning included",
 }

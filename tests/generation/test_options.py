@@ -7,12 +7,14 @@ from typing import Any
 import pytest
 
 from mm.generation.options import REFUSED, SWITCHES, Decoding
+from mm.generation.steering import BagOfWords, Steering
 
 ON: dict[str, Any] = {
     "num_beams": {"num_beams": 2},
     "penalty_alpha": {"penalty_alpha": 0.5, "top_k": 4},
     "draft": {"draft": "lookup"},
     "amateur": {"amateur": object()},
+    "steer": {"steer": Steering([BagOfWords((1,))])},
     "logprobs": {"logprobs": 0},
     "thinking_budget": {"thinking_budget": 3},
     "regex, json_schema or grammar": {"regex": "a"},
@@ -20,6 +22,7 @@ ON: dict[str, Any] = {
     "top_p, min_p or typical_p": {"top_p": 0.9},
     "top_k": {"top_k": 4},
     "a cache that loses tokens": {"cache": "window"},
+    "a cache other than dynamic": {"cache": "int8"},
 }
 
 
