@@ -36,6 +36,7 @@ class Settings:
     min_p: float | None = None
     seed: int = 0
     max_length: int | None = None
+    thinking: bool | None = None
 
     def __post_init__(self) -> None:
         Sampler(self.temperature, self.top_k, self.top_p, self.min_p)
@@ -45,13 +46,14 @@ class Settings:
 @dataclass(frozen=True)
 class Statistics:
     """One answer: positions of its prompt, tokens generated, seconds to the first piece and in all. `finish_reason` is
-    None for an answer that was stopped."""
+    None for an answer that was stopped; `reasoning` is what came before the answer, None where there was none."""
 
     prompt_length: int
     tokens: int
     first_seconds: float
     seconds: float
     finish_reason: FinishReason | None
+    reasoning: str | None = None
 
 
 class ChatSession:
@@ -112,10 +114,14 @@ class ChatSession:
         finally:
             answer.close()
             if not failed and (pieces or answer.finish_reason):
-                self.messages = [*messages, {"role": "assistant", "content": "".join(pieces)}]
+                # Kept for whoever reads the chat: templates leave out what was thought before an earlier answer.
+                thought = {} if answer.reasoning is None else {"reasoning_content": answer.reasoning}
+                self.messages = [*messages, {"role": "assistant", "content": "".join(pieces), **thought}]
                 self.media, self.attached = media, []
                 seconds = time.perf_counter() - start
-                self.last = Statistics(answer.prompt_length, len(answer.ids), first, seconds, answer.finish_reason)
+                self.last = Statistics(
+                    answer.prompt_length, len(answer.ids), first, seconds, answer.finish_reason, answer.reasoning
+                )
 
     def reset(self) -> None:
         """Forgets the messages and the media, not the system prompt."""

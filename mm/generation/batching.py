@@ -28,8 +28,7 @@ from mm.generation.options import Decoding, Options
 from mm.generation.requests import Prompts, check_at_least_one, check_model, encode_requests, stop_ids
 from mm.generation.rows import Shaper
 from mm.generation.sampling import INVALID
-from mm.generation.stopping import Cutter
-from mm.tokenizers.text import StreamDecoder
+from mm.generation.speaker import Speaker
 from mm.types import CrossMedia, Sample, Tokens
 from mm.types import Sequence as DecoderInput
 
@@ -67,8 +66,7 @@ class Ticket(Iterator[str]):
         self.sequence: DecoderInput | None = None  # of the prompt, until it is read
         self.cross: CrossMedia | None = None
         self.next_position = 0
-        tokenizer = engine.model.tokenizer
-        self._decoder, self._cutter = StreamDecoder(tokenizer), Cutter(shaper.decoding.stop_strings)
+        self._speaker = Speaker(engine.model, shaper.decoding, shaper.prompts.openings[0])
         self._pieces: deque[str] = deque()
 
     def __next__(self) -> str:
@@ -79,6 +77,11 @@ class Ticket(Iterator[str]):
                 raise StopIteration
             self.engine.step()
         return self._pieces.popleft()
+
+    @property
+    def reasoning(self) -> str | None:
+        """What was thought before the answer, so far, which no piece holds; None where nothing was."""
+        return self._speaker.reasoning
 
     def text(self) -> str:
         """The whole answer (what of it no piece has given yet)."""
@@ -96,7 +99,7 @@ class Ticket(Iterator[str]):
             self.ids.append(token)
             if self.logprobs is not None and likely is not None:
                 self.logprobs.append(likely)
-            self._show(self._cutter.push(self._decoder.push(token)))
+            self._show(self._speaker.push(token))
         if not self.shaper.going([token]):
             self._end("stop")
         elif len(self.ids) == self.max_new_tokens:
@@ -106,7 +109,7 @@ class Ticket(Iterator[str]):
             self.identities.append(token)
 
     def _end(self, reason: str) -> None:
-        self._show(self._cutter.push(self._decoder.flush()) + self._cutter.flush())
+        self._show(self._speaker.flush())
         self.engine._leave(self, reason)
 
     def _show(self, piece: str) -> None:
@@ -163,14 +166,14 @@ class Engine:
         decoding = Decoding(**options)
         if name := unsupported(decoding):
             raise ValueError(f"{name}: the engine decodes token by token; use generate")
-        (request,) = encode_requests(self.model, [sample], seed, max_new_tokens, max_length)
+        (request,) = encode_requests(self.model, [sample], seed, max_new_tokens, max_length, decoding.thinking)
         room = self.pages.count * self.pages.size
         if request.encoded.length + max_new_tokens > room:
             raise ValueError(
                 f"{request.name}: a prompt of {request.encoded.length} positions and max_new_tokens={max_new_tokens} "
                 f"exceed the {room} positions of all pages; give the engine more pages"
             )
-        prompts = Prompts({}, [request.encoded.ids], [request.name], [request.generator])
+        prompts = Prompts({}, [request.encoded.ids], [request.name], [request.generator], [request.opening])
         shaper = Shaper(self.model, prompts, decoding, stop_ids(self.model))
         ticket = Ticket(self, request.encoded, request.name, shaper, max_new_tokens)
         self.waiting.append(ticket)

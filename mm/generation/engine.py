@@ -1,7 +1,6 @@
-"""The decoding loop: prompts are read once into a cache, then one token a step until every request has ended.
+"""Answers: of a list of chats in batches, of one chat as it is written, of ids. mm.generation.loop decodes them.
 
-`B` rows (requests decoded together), `T` positions, `V` vocabulary. A request gets in a batch what it gets alone: rows
-never see one another, and a row's random numbers come from its own seed.
+`B` rows (requests decoded together), `T` positions.
 """
 
 from __future__ import annotations
@@ -9,21 +8,18 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Unpack
+from typing import Literal, Unpack
 
 import torch
 from torch import Tensor
 
-from mm.generation.beams import beam_search
-from mm.generation.contrastive import contrastive_search
-from mm.generation.logprobs import TokenLogprob, likelihoods
+from mm.generation.logprobs import TokenLogprob
+from mm.generation.loop import decode, steps
 from mm.generation.options import Decoding, Options
 from mm.generation.requests import (
     GenerativeModel,
     Prompts,
     Request,
-    Step,
-    Steps,
     batches,
     check_at_least_one,
     check_model,
@@ -32,12 +28,7 @@ from mm.generation.requests import (
     request_generator,
     stop_ids,
 )
-from mm.generation.rows import Rows
-from mm.generation.sampling import INVALID
-from mm.generation.speculative import speculate
-from mm.generation.steered import SteeredRows
-from mm.generation.stopping import Cutter, cut_before
-from mm.tokenizers.text import StreamDecoder
+from mm.generation.speaker import Speaker
 from mm.types import Sample
 
 FinishReason = Literal["stop", "length"]
@@ -48,7 +39,8 @@ class Generation:
     """An answer. `ids` are its tokens without the closing special; `text` ends before a stop string. `finish_reason` is
     "stop" when the model closed its turn or wrote a stop string, and "length" when `max_new_tokens` cut it;
     `prompt_length` counts decoder positions, media included; `logprobs`, if asked for, are of `ids`, one each; `score`
-    is that of beam search (`mm.generation.beams.Hypothesis`), which counts the closing special too."""
+    is that of beam search (`mm.generation.beams.Hypothesis`), which counts the closing special too; `reasoning` is what
+    stood before `text` between the thinking tags, None where there were none. `ids` hold all of it."""
 
     text: str
     ids: list[int]
@@ -56,15 +48,7 @@ class Generation:
     prompt_length: int
     logprobs: list[TokenLogprob] | None = None
     score: float | None = None
-
-
-class Decoded(NamedTuple):
-    """What the loop made of one prompt: ids, the one that stopped it included, with their likelihoods if asked for, and
-    the score of the best beam."""
-
-    ids: list[int]
-    logprobs: list[TokenLogprob] | None = None
-    score: float | None = None
+    reasoning: str | None = None
 
 
 def generate(
@@ -98,7 +82,7 @@ def generate(
     decoding = Decoding(**options)
     if decoding.draft is not None:
         batch_size = 1  # each request has a draft of its own length
-    requests = encode_requests(model, samples, seed, max_new_tokens, max_length)
+    requests = encode_requests(model, samples, seed, max_new_tokens, max_length, decoding.thinking)
     results: dict[int, Generation] = {}
     # A window of batches is encoded ahead and sorted: enough to find requests of like length, and never all the media.
     while window := list(itertools.islice(requests, 8 * batch_size)):
@@ -111,7 +95,7 @@ def generate(
 
 
 class Stream(Iterator[str]):
-    """One answer as it is written: an iterator of text pieces, whole characters each.
+    """One answer as it is written: an iterator of text pieces, whole characters each, without its `reasoning` so far.
 
     `ids` grows as tokens come, and so do their `logprobs` if asked for; `finish_reason` is None until the answer has
     ended. `close()` stops decoding at once and frees the cache; dropping the stream does the same.
@@ -122,12 +106,12 @@ class Stream(Iterator[str]):
         self.logprobs: list[TokenLogprob] | None = None if decoding.logprobs is None else []
         self.finish_reason: FinishReason | None = None
         self.prompt_length = request.encoded.length
+        self._speaker = Speaker(model, decoding, request.opening)
         self._pieces = self._read(model, request, decoding, max_new_tokens)
 
     def _read(
         self, model: GenerativeModel, request: Request, decoding: Decoding, max_new_tokens: int
     ) -> Generator[str, None, None]:
-        decoder, cutter = StreamDecoder(model.tokenizer), Cutter(decoding.stop_strings)
         stops = stop_ids(model)
         reason: FinishReason = "length"
         for step in steps(model, Prompts.of(model, [request]), decoding, stops, max_new_tokens):
@@ -138,11 +122,15 @@ class Stream(Iterator[str]):
             self.ids.append(token)
             if self.logprobs is not None and step.logprobs is not None:
                 self.logprobs.append(step.logprobs[0])
-            if piece := cutter.push(decoder.push(token)):
+            if piece := self._speaker.push(token):
                 yield piece
-        if piece := cutter.push(decoder.flush()) + cutter.flush():
+        if piece := self._speaker.flush():
             yield piece
-        self.finish_reason = "stop" if cutter.done else reason
+        self.finish_reason = "stop" if self._speaker.stopped else reason
+
+    @property
+    def reasoning(self) -> str | None:
+        return self._speaker.reasoning
 
     def __next__(self) -> str:
         return next(self._pieces)
@@ -169,7 +157,7 @@ def stream(
     decoding = Decoding(**options)
     if decoding.num_beams > 1:
         raise ValueError("num_beams: which beam is best is known when all have ended; use generate, or num_beams=1")
-    (request,) = encode_requests(model, [sample], seed, max_new_tokens, max_length)
+    (request,) = encode_requests(model, [sample], seed, max_new_tokens, max_length, decoding.thinking)
     return Stream(model, request, decoding, max_new_tokens)
 
 
@@ -194,6 +182,8 @@ def generate_ids(
     check_model(model)
     check_at_least_one(max_new_tokens=max_new_tokens)
     decoding = Decoding(**options)
+    if decoding.thinking is not None:
+        raise ValueError(f"thinking={decoding.thinking} is for chats; ids are continued as they are")
     ids, mask = pad_right(input_ids, attention_mask)
     inputs = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
     rows = range(len(ids))
@@ -218,92 +208,9 @@ def _answer(
     for request, (ids, logprobs, score) in zip(requests, found, strict=True):
         closed = ids[-1] in stops
         ids = ids[:-1] if closed else ids
-        whole = model.tokenizer.decode(ids)
-        text = cut_before(whole, decoding.stop_strings)
-        reason: FinishReason = "stop" if closed or len(text) < len(whole) else "length"
+        speaker = Speaker(model, decoding, request.opening)
+        text = speaker.whole(ids)
+        reason: FinishReason = "stop" if closed or speaker.stopped else "length"
         logprobs = None if logprobs is None else logprobs[: len(ids)]
-        answers.append(Generation(text, ids, reason, request.encoded.length, logprobs, score))
+        answers.append(Generation(text, ids, reason, request.encoded.length, logprobs, score, speaker.reasoning))
     return answers
-
-
-def decode(
-    model: GenerativeModel, prompts: Prompts, decoding: Decoding, stops: Collection[int], max_new_tokens: int
-) -> list[Decoded]:
-    """Each prompt's answer, to the first id that is in `stops`."""
-    asked = decoding.logprobs is not None
-    if decoding.num_beams > 1:
-        found = beam_search(model, prompts, decoding, stops, max_new_tokens)
-        return [Decoded(best.ids, best.logprobs if asked else None, best.score) for best, *_ in found]
-    collected: list[list[int]] = [[] for _ in prompts.names]
-    logprobs: list[list[TokenLogprob]] = [[] for _ in prompts.names]
-    for step in steps(model, prompts, decoding, stops, max_new_tokens):
-        for place, row in enumerate(step.rows):
-            collected[row].append(step.ids[place])
-            if step.logprobs is not None:
-                logprobs[row].append(step.logprobs[place])
-    return [Decoded(ids, likely if asked else None) for ids, likely in zip(collected, logprobs, strict=True)]
-
-
-def steps(
-    model: GenerativeModel, prompts: Prompts, decoding: Decoding, stops: Collection[int], max_new_tokens: int
-) -> Steps:
-    """One yield a step. A row that got an id in `stops` is not in the next; the loop ends with the last row.
-
-    Raises ValueError naming the row when its logits are no numbers.
-    """
-    if decoding.draft is not None:
-        return _in_turn(speculate, model, prompts, decoding, stops, max_new_tokens)
-    if decoding.steer is not None and decoding.steer.moves:
-        return _steered(model, prompts, decoding, stops, max_new_tokens)
-    method = _one_by_one if decoding.penalty_alpha is None else contrastive_search
-    return method(model, prompts, decoding, stops, max_new_tokens)
-
-
-def _in_turn(
-    method: Callable[..., Steps],
-    model: GenerativeModel,
-    prompts: Prompts,
-    decoding: Decoding,
-    stops: Collection[int],
-    max_new_tokens: int,
-) -> Steps:
-    """A method that knows one prompt at a time, for several."""
-    for row, alone in enumerate(prompts.alone()):
-        for step in method(model, alone, decoding, stops, max_new_tokens):
-            yield step._replace(rows=[row])
-
-
-@torch.inference_mode()
-def _one_by_one(
-    model: GenerativeModel, prompts: Prompts, decoding: Decoding, stops: Collection[int], max_new_tokens: int
-) -> Steps:
-    yield from _plainly(Rows(model, prompts, decoding, stops), max_new_tokens)
-
-
-@torch.inference_mode(False)
-@torch.no_grad()
-def _steered(
-    model: GenerativeModel, prompts: Prompts, decoding: Decoding, stops: Collection[int], max_new_tokens: int
-) -> Steps:
-    yield from _plainly(SteeredRows(model, prompts, decoding, stops), max_new_tokens)
-
-
-def _plainly(carried: Rows, max_new_tokens: int) -> Steps:
-    """Greedy decoding and sampling: each token is chosen from the model's distribution, and that is that."""
-    prompts, decoding = carried.prompts, carried.decoding
-    logits = carried.read()
-    rows = list(range(len(prompts.names)))
-    for step in range(1, max_new_tokens + 1):
-        chosen = decoding.choose(carried.mask(logits), [prompts.generators[row] for row in rows], carried.history)
-        ids = chosen.tolist()  # the one wait for the device in a step
-        if INVALID in ids:
-            prompts.refuse(rows[ids.index(INVALID)], step)
-        yield Step(rows, ids, None if decoding.logprobs is None else likelihoods(carried.own, ids, decoding.logprobs))
-        going = carried.going(ids)
-        if not going or step == max_new_tokens:
-            return
-        if len(going) < len(rows):
-            kept = torch.tensor(going, device=chosen.device)
-            carried.keep(kept)
-            chosen, rows = chosen[kept], [rows[place] for place in going]
-        logits = carried.step(chosen)

@@ -35,8 +35,9 @@ class Options(TypedDict, total=False):
     amateur: Any
     amateur_alpha: float
     steer: Steering | None
+    thinking: bool | None
     thinking_budget: int | None
-    thinking_tags: tuple[str, str]
+    thinking_tags: tuple[str, str] | None
     stop_strings: Sequence[str]
     logprobs: int | None
     regex: str | None
@@ -66,7 +67,10 @@ class Decoding(Sampler):
                        what counts is how much likelier a token is than to it, among those with at least `amateur_alpha`
                        times the probability of the likeliest
     steer              towards attributes, by moving what is kept of the past: mm.generation.steering.Steering
-    thinking_budget    so many tokens between the `thinking_tags`, then the closing one, and the answer
+    thinking           chats of models with both modes: True reasons before the answer, False answers at once, None is
+                       as the model's template has it. Reasoning is apart from the answer's text
+    thinking_budget    so many tokens between the `thinking_tags` (default: the template's), then the closing one, and
+                       the answer
     stop_strings       the answer ends before the first of them
     logprobs           also say how likely the model itself held each token, and so many of the likeliest at its place
     regex              the whole answer matches it;  json_schema, grammar: as in mm.generation.constraints.Form
@@ -90,8 +94,9 @@ class Decoding(Sampler):
     amateur: Any = None
     amateur_alpha: float = 0.1
     steer: Steering | None = None
+    thinking: bool | None = None
     thinking_budget: int | None = None
-    thinking_tags: tuple[str, str] = ("<think>", "</think>")
+    thinking_tags: tuple[str, str] | None = None
     stop_strings: Sequence[str] = ()
     logprobs: int | None = None
     regex: str | None = None
@@ -146,7 +151,9 @@ class Decoding(Sampler):
             raise ValueError(f"draft={self.draft!r}: give 'lookup', 'mtp' or a model")
         if self.thinking_budget is not None and (isinstance(self.thinking_budget, bool) or self.thinking_budget < 0):
             raise ValueError(f"thinking_budget={self.thinking_budget}: give a number of tokens from 0 up")
-        if len(self.thinking_tags) != 2 or not all(self.thinking_tags):
+        if self.thinking not in (True, False, None):
+            raise ValueError(f"thinking={self.thinking!r}: give True, False or None (as the template has it)")
+        if self.thinking_tags is not None and (len(self.thinking_tags) != 2 or not all(self.thinking_tags)):
             raise ValueError(f"thinking_tags={self.thinking_tags!r}: give the opening and the closing one")
         if isinstance(self.stop_strings, str) or not all(isinstance(s, str) and s for s in self.stop_strings):
             raise ValueError(f"stop_strings={self.stop_strings!r}: give a list of strings, none of them empty")
@@ -161,6 +168,7 @@ SWITCHES: dict[str, Callable[[Decoding], bool]] = {
     "amateur": lambda d: d.amateur is not None,
     "steer": lambda d: d.steer is not None,
     "logprobs": lambda d: d.logprobs is not None,
+    "thinking=False": lambda d: d.thinking is False,
     "thinking_budget": lambda d: d.thinking_budget is not None,
     "regex, json_schema or grammar": lambda d: d.form is not None,
     "temperature": lambda d: not d.greedy,
@@ -188,5 +196,6 @@ REFUSED: dict[tuple[str, str], str] = {
     ("steer", "draft"): "a draft is checked against the model itself",
     ("steer", "amateur"): "they are two methods",
     ("steer", "a cache other than dynamic"): "steering moves what is kept of the past, so it must be there as it was",
+    ("thinking=False", "thinking_budget"): "without reasoning there is nothing to budget",
     ("thinking_budget", "regex, json_schema or grammar"): "the form is that of the whole answer, reasoning included",
 }

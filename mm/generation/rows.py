@@ -26,8 +26,8 @@ class Shaper:
         self.tails: list[list[int]] = [[] for _ in prompts.ids]
         # Tokens that may spell a stop string: one a byte, and some before it that begin in the middle of a character.
         self.reach = max((len(string.encode()) for string in decoding.stop_strings), default=0) + 4
-        budget, tags = decoding.thinking_budget, decoding.thinking_tags
-        self.thinking = None if budget is None else ThinkingBudget(model.tokenizer, prompts.ids, budget, tags)
+        budget, tags = decoding.thinking_budget, decoding.thinking_tags or model.template.thinking_tags
+        self.thinking = None if budget is None else ThinkingBudget(model.tokenizer, prompts.openings, budget, tags)
         form = decoding.form
         self.constraint = None if form is None else Constraint(form, model.tokenizer, stops, len(prompts.ids))
 

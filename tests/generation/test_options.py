@@ -16,6 +16,7 @@ ON: dict[str, Any] = {
     "amateur": {"amateur": object()},
     "steer": {"steer": Steering([BagOfWords((1,))])},
     "logprobs": {"logprobs": 0},
+    "thinking=False": {"thinking": False},
     "thinking_budget": {"thinking_budget": 3},
     "regex, json_schema or grammar": {"regex": "a"},
     "temperature": {"temperature": 1.0},
@@ -46,7 +47,7 @@ def test_each_alone_is_fine_and_noticed(name: str) -> None:
         {"early_stopping": "soon"}, {"penalty_alpha": 1.5, "top_k": 4}, {"penalty_alpha": 0.5},
         {"amateur_alpha": 0.0}, {"draft_length": 0}, {"repetition_penalty": 0.0}, {"typical_p": 1.0},
         {"frequency_penalty": float("nan")}, {"thinking_budget": -1}, {"reward": len}, {"reward_every": 0},
-        {"thinking_tags": ("<think>", "")},
+        {"thinking_tags": ("<think>", "")}, {"thinking": "on"},
     ],
 )  # fmt: skip
 def test_nonsense_values_are_named(options: Any) -> None:
