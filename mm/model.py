@@ -159,6 +159,7 @@ class MultimodalModel(nn.Module):
             decoder.add_cross_attention()
         self.config: dict[str, Any] | None = None  # the class_path/init_args tree that made this model, for checkpoints
         self.origin: dict[str, Any] | None = None  # what a published checkpoint said beside its weights (mm.pretrained)
+        self._compiled_step: Callable[[Tensor, Cache], Tensor] | None = None
         self.embedding_head = EmbeddingHead(decoder.width, embedding_dim) if embedding_dim else None
 
     @property
@@ -225,7 +226,21 @@ class MultimodalModel(nn.Module):
 
     def step(self, ids: Tensor, cache: Cache) -> Tensor:
         """One more token per row, ids (B,), after a forward pass with this cache -> logits (B, V) float32."""
+        return cache.step(self._step, ids)
+
+    def _step(self, ids: Tensor, cache: Cache) -> Tensor:
         return self.logits(self.advance(ids[:, None], cache)[:, 0])
+
+    @property
+    def compiled_step(self) -> Callable[[Tensor, Cache], Tensor]:
+        """`step` as one program of torch.compile, which is made when it is first run: seconds, or a minute."""
+        if self._compiled_step is None:
+            self._compiled_step = torch.compile(self._step, fullgraph=True)
+        return self._compiled_step
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of copies and pickles: a compiled program is this model's own."""
+        return self.__dict__ | {"_compiled_step": None}
 
     def advance(self, ids: Tensor, cache: Cache, lengths: Tensor | None = None) -> Tensor:
         """More text in every row, ids (B, T), after a forward pass with this cache -> hidden states (B, T, D).

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mm.decoder.attention.windows import Window
 from mm.decoder.layout import Layout, Places
-from mm.types import CrossMedia
+from mm.types import CrossMedia, Sequence
 
 SPARE = 64  # positions that a growing tensor is given beyond what it needs, at least
 
@@ -37,6 +37,18 @@ class Cache:
     def __len__(self) -> int:
         """Cached positions a row, padding included."""
         return 0 if self.places is None else self.places.index.shape[1]
+
+    def begin(self, sequence: Sequence) -> Layout:
+        """The layout of a forward pass that goes on from here."""
+        return Layout.of(sequence, self.places)
+
+    def end(self, layout: Layout) -> None:
+        """The pass with that layout is done."""
+        self.places = layout.keys
+
+    def step(self, function: Callable[[Tensor, Cache], Tensor], ids: Tensor) -> Tensor:
+        """`function(ids, self)`, one more token (B,) in each row -> (B, V). Here as it is."""
+        return function(ids, self)
 
     def extend(
         self, layer: int, layout: Layout, window: Window | None = None, shift: Shift | None = None, **new: Tensor

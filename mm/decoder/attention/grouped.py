@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mm.decoder.attention.backends import BACKENDS, Backend
 from mm.decoder.attention.windows import LocalGlobal, StreamingSinks, seen
 from mm.decoder.cache import Cache
+from mm.decoder.few_rows import Linear
 from mm.decoder.init import Init
 from mm.decoder.layout import Layout
 from mm.decoder.norms import FullNorm, HeadNorm, RMSNorm
@@ -97,14 +98,14 @@ class GroupedAttention(nn.Module):
         self.scale = self.head_dim**-0.5 if scores.scale is None else scores.scale
         self.softcap = scores.softcap
         self.attend = BACKENDS[backend]
-        self.qkv = nn.Linear(width, (heads + 2 * kv_heads) * self.head_dim, bias=bias)
-        self.out = nn.Linear(heads * self.head_dim, width, bias=bias if out_bias is None else out_bias)
+        self.qkv = Linear(width, (heads + 2 * kv_heads) * self.head_dim, bias=bias)
+        self.out = Linear(heads * self.head_dim, width, bias=bias if out_bias is None else out_bias)
         norm = QKNorm() if qk_norm is True else qk_norm or None
         self.q_norm = norm.build(heads, self.head_dim) if norm else nn.Identity()
         self.k_norm = norm.build(kv_heads, self.head_dim) if norm else nn.Identity()
         self.sinks = nn.Parameter(torch.zeros(heads)) if scores.sinks else None
         gates = {"none": 0, "element": heads * self.head_dim, "head": heads}[gate]
-        self.gate = nn.Linear(width, gates, bias=False) if gates else None
+        self.gate = Linear(width, gates, bias=False) if gates else None
 
     def initialise(self, init: Init) -> None:
         init.normal(self.out.weight, into_residual=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -10,10 +12,12 @@ from mm.decoder.attention.windows import StreamingSinks
 from mm.decoder.cache import Cache
 from mm.generation.caches.evicting import EvictingCache
 from mm.generation.caches.quantised import QuantisedCache
+from mm.generation.caches.static import StaticCache
 from mm.generation.caches.windowed import WindowedCache
 
 CACHES = {
     "dynamic": "everything",
+    "static": "everything, in tensors of fixed length, with a compiled step; exact",
     "window": "of layers with a sliding window what it may still show, of others everything; exact",
     "sinks:FIRST+LAST": "of every layer the first and the last positions, and the memory stays the same for ever",
     "int8": "everything, in 8 bits a number",
@@ -24,7 +28,7 @@ CACHES = {
 
 def check(name: str) -> None:
     """Raises ValueError for a name that is none of `CACHES`, or sizes that make no sense."""
-    if name != "dynamic":
+    if name not in ("dynamic", "static"):
         _read(name)(0)
 
 
@@ -35,7 +39,7 @@ def make(model: Any, name: str) -> Cache:
     """
     if name == "dynamic":
         return model.new_cache()
-    maker = _read(name)
+    maker = _read(name) if name != "static" else None
     decoder = getattr(model, "decoder", None)
     if decoder is None or decoder.rereader.lengths:
         raise ValueError(
@@ -44,7 +48,21 @@ def make(model: Any, name: str) -> Cache:
         )
     if name.startswith("sinks") and decoder.embed_positions is not None:
         raise ValueError(f"cache={name!r}: this model adds positions to its input, so none can seem nearer than it is")
+    if name == "static":
+        return _static(model)
     return maker(len(decoder.layers))
+
+
+def _static(model: Any) -> StaticCache:
+    if any(hasattr(module, "cache_numbers_fixed") for module in model.decoder.modules()):
+        raise ValueError("cache='static': recurrent layers (Mamba-2, linear attention) keep no positions; use dynamic")
+    if model.device.type == "cpu" and not _has_compiler():
+        raise ValueError("cache='static' compiles the step, which takes a C++ compiler (g++ or clang++); use dynamic")
+    return StaticCache(len(model.decoder.layers), model.compiled_step)
+
+
+def _has_compiler() -> bool:
+    return any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++", "c++"))
 
 
 def _read(name: str) -> Callable[[int], Cache]:

@@ -63,6 +63,12 @@ def _by_document(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) 
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
+    groups = q.shape[2] // k.shape[2]
+    if q.shape[1] == 1 and groups > 1 and (mask is None or mask.shape[1] == 1):
+        # One query: those of the heads that share a key stand as so many queries of it, and no key is repeated.
+        q = q.view(len(q), k.shape[2], groups, -1)
+        k, v = k.transpose(1, 2), v.transpose(1, 2)
+        return F.scaled_dot_product_attention(q, k, v, mask, scale=scale).flatten(1, 2)[:, None]
     q, k, v = q.transpose(1, 2), *_to_query_heads(q, k, v)
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale).transpose(1, 2)
 
