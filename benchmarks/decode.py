@@ -33,7 +33,14 @@ import mm
 PROMPT, NEW = 16, 32
 GOALS = {("llama", 1): 2.0, ("moe", 1): 2.5, ("llama", 8): 1.2, ("moe", 8): 1.2}
 LIMIT_GOALS = {"float32": 0.75, "bfloat16": 0.55}
+LINE = (
+    "| {model} | {dtype} | {rows} | {run} | {tokens_per_second:.1f} | {share_of_limit:.2f} | {ratio:.2f} "
+    "| {spread:.0%} | {same_tokens:.2f} |"
+)
 COMMON: dict[str, Any] = {"vocab_size": 16384, "num_hidden_layers": 8, "tie_word_embeddings": True}
+
+
+HEADS: dict[str, Any] = {"head_dim": 64}
 
 
 def reference(name: str) -> Any:
@@ -43,9 +50,9 @@ def reference(name: str) -> Any:
             **COMMON, hidden_size=640, intermediate_size=1728, num_attention_heads=10, num_key_value_heads=5
         )
         return transformers.LlamaForCausalLM(config)
-    config = transformers.Qwen3MoeConfig(
-        **COMMON, hidden_size=512, intermediate_size=1024, moe_intermediate_size=256, num_attention_heads=8,
-        num_key_value_heads=4, head_dim=64, num_experts=26, num_experts_per_tok=4, norm_topk_prob=True,
+    config: Any = transformers.Qwen3MoeConfig(
+        **COMMON, **HEADS, hidden_size=512, intermediate_size=1024, moe_intermediate_size=256, num_attention_heads=8,
+        num_key_value_heads=4, num_experts=26, num_experts_per_tok=4, norm_topk_prob=True,
     )  # fmt: skip
     return transformers.Qwen3MoeForCausalLM(config)
 
@@ -104,7 +111,8 @@ def measure(name: str, dtype: torch.dtype, rows: int, caches: list[str], repeats
     return [
         {
             "model": name, "dtype": str(dtype).removeprefix("torch."), "rows": rows, "run": run,
-            "tokens_per_second": rows / statistics.median(taken), "share_of_limit": 1 / statistics.median(taken) / limit,
+            "tokens_per_second": rows / statistics.median(taken),
+            "share_of_limit": 1 / statistics.median(taken) / limit,
             "ratio": base / statistics.median(taken), "spread": (max(taken) - min(taken)) / statistics.median(taken),
             "same_tokens": same[run],
         }
@@ -137,9 +145,8 @@ def main() -> int:
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     clock = time.process_time if args.clock == "cpu" else time.perf_counter
-    print(
-        f"torch {torch.__version__}, transformers {transformers.__version__}, {torch.get_num_threads()} threads, {args.clock} clock"
-    )
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    print(f"{versions}, {torch.get_num_threads()} threads, {args.clock} clock")
     print("| model | dtype | rows | run | tokens/s | of the limit | against transformers | spread | same tokens |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     rows, failures = [], []
@@ -149,7 +156,7 @@ def main() -> int:
                 with torch.inference_mode():
                     found = measure(name, getattr(torch, dtype), count, args.caches.split(","), args.repeats, clock)
                 for row in found:
-                    print("| {model} | {dtype} | {rows} | {run} | {tokens_per_second:.1f} | {share_of_limit:.2f} | {ratio:.2f} | {spread:.0%} | {same_tokens:.2f} |".format(**row), flush=True)  # fmt: skip
+                    print(LINE.format(**row), flush=True)
                     failures += [f"{name} {dtype} {count} rows: {what}" for what in missed(row)]
                 rows += found
     if args.json is not None:

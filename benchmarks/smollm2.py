@@ -81,7 +81,7 @@ def measure(count: int) -> dict[str, Any]:
     theirs: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32).eval()
     prompt = torch.tensor([ours.tokenizer.encode(PROMPT)])
     texts = [ours.tokenizer.encode(text)[:LONGEST] for text in summaries(count)]
-    new = {"max_new_tokens": NEW_TOKENS}
+    new: dict[str, Any] = {"max_new_tokens": NEW_TOKENS}
     systems: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[], Tensor]]] = {
         "mm": (lambda ids: ours(input_ids=ids).logits, lambda: ours.generate(prompt, stop=(), **new)[0]),
         "transformers": (

@@ -3,7 +3,7 @@
     [{"role": "user", "content": [{"type": "image", "image": "cat.png"}, {"type": "text", "text": "what is it?"}]}]
 
 Content is text or a list of parts. A part of media has its file under its kind or under "path": a path, the file's
-bytes, or a Media. Only these keys are read: nothing in such a chat can name a token or a slot.
+bytes, or a Media. "reasoning_content" is what an assistant thought before it spoke. Only these keys are read: nothing in such a chat can name a token or a slot.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mm.datasets.chat_template import ROLES
+from mm.datasets.chat_checks import ROLES
 from mm.types import KINDS, Kind, Media, Sample
 
 
@@ -33,12 +33,14 @@ def sample_of_messages(messages: Any, key: str, where: str, folder: Path = Path(
 def _turn(message: Any, where: str, folder: Path, media: list[Media]) -> dict[str, Any]:
     if not isinstance(message, dict) or message.get("role") not in ROLES:
         raise ValueError(f'{where}: "role" must be {", ".join(ROLES[:-1])} or {ROLES[-1]}')
-    content = message.get("content")
+    turn, content = {"role": message["role"]}, message.get("content")
+    if isinstance(message.get("reasoning_content"), str):
+        turn["reasoning_content"] = message["reasoning_content"]
     if isinstance(content, str):
-        return {"role": message["role"], "content": content}
+        return turn | {"content": content}
     if not isinstance(content, list):
         raise ValueError(f'{where}: "content" must be text or a list of parts')
-    return {"role": message["role"], "content": [_part(part, where, folder, media) for part in content]}
+    return turn | {"content": [_part(part, where, folder, media) for part in content]}
 
 
 def _part(part: Any, where: str, folder: Path, media: list[Media]) -> dict[str, Any]:

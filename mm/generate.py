@@ -2,8 +2,8 @@
 
 A line of the input is {"messages": [...]}, a chat as `mm.datasets.messages` reads it (paths relative to the file), or
 {"prompt": "text"}, with an "id" (default: the line's number). A line of the output has the id and either text,
-finish_reason, and how long prompt and answer are, or the error that this prompt alone has met. Answers come in the
-order of the prompts.
+finish_reason, and how long prompt and answer are (and reasoning and logprobs where there are any), or the error that
+this prompt alone has met. Answers come in the order of the prompts.
 """
 
 from __future__ import annotations
@@ -21,6 +21,13 @@ from typing import TYPE_CHECKING, Any, NoReturn
 if TYPE_CHECKING:
     from mm.types import Sample
 
+
+def _on_or_off(text: str) -> bool:
+    if text not in ("on", "off"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither on nor off")
+    return text == "on"
+
+
 # Options of Decoding that the command line takes: name -> (type, help)
 OPTIONS: dict[str, tuple[Any, str]] = {
     "temperature": (float, "0 takes the likeliest token (default), above draws"),
@@ -34,6 +41,8 @@ OPTIONS: dict[str, tuple[Any, str]] = {
     "num-beams": (int, "beam search with N beams"),
     "length-penalty": (float, "beams: above 0 favours long answers (default: 1)"),
     "penalty-alpha": (float, "contrastive search; needs --top-k"),
+    "thinking": (_on_or_off, "on: reason before answering; off: answer at once; where the model has both"),
+    "thinking-budget": (int, "so many tokens of reasoning, then the answer"),
     "draft": (str, "speculative decoding: lookup, mtp, or the directory of a smaller model"),
     "regex": (str, "answers match this regular expression"),
     "json-schema": (str, "answers follow this JSON schema (JSON text, or @FILE)"),
@@ -205,8 +214,7 @@ def answers(
         for sample in prompts:
             try:
                 (answer,) = generate(model, [sample], max_new_tokens, seed, **options)
-                likely = {} if answer.logprobs is None else {"logprobs": answer.logprobs}
-                yield _record(sample, answer.text, answer.finish_reason, answer.prompt_length, len(answer.ids)) | likely
+                yield _record(sample, answer.text, answer)
             except ValueError as error:
                 yield {"id": sample.key, "error": str(error)}
         return
@@ -229,8 +237,17 @@ def _finish(sample: Sample, ticket: Any) -> dict[str, Any]:
         text = ticket.text()
     except (ValueError, RuntimeError) as error:
         return {"id": sample.key, "error": str(error)}
-    return _record(sample, text, ticket.finish_reason, ticket.prompt_length, len(ticket.ids))
+    return _record(sample, text, ticket)
 
 
-def _record(sample: Sample, text: str, reason: str, prompt: int, answer: int) -> dict[str, Any]:
-    return {"id": sample.key, "text": text, "finish_reason": reason, "prompt_length": prompt, "answer_length": answer}
+def _record(sample: Sample, text: str, answer: Any) -> dict[str, Any]:
+    """Of a Generation or a Ticket that has ended."""
+    record = {
+        "id": sample.key,
+        "text": text,
+        "finish_reason": answer.finish_reason,
+        "prompt_length": answer.prompt_length,
+        "answer_length": len(answer.ids),
+    }
+    told = {"reasoning": answer.reasoning, "logprobs": answer.logprobs}
+    return record | {name: value for name, value in told.items() if value is not None}

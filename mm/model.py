@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from mm.datasets.chat_template import ChatTemplate
 from mm.decoder.cache import Cache
 from mm.decoder.decoder import Decoder
+from mm.decoder.embedding import LearnedPositions
 from mm.fusion.splice import Features, splice
 from mm.tokenizers.text import TextTokenizer
 from mm.types import (
@@ -234,6 +235,9 @@ class MultimodalModel(nn.Module):
 
     def step(self, ids: Tensor, cache: Cache) -> Tensor:
         """One more token per row, ids (B,), after a forward pass with this cache -> logits (B, V) float32."""
+        if isinstance(self.decoder.embed_positions, LearnedPositions):
+            assert cache.next_index is not None
+            self.decoder.embed_positions.check(cache.next_index)
         return cache.step(self._step, ids)
 
     def _step(self, ids: Tensor, cache: Cache) -> Tensor:

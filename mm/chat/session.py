@@ -38,6 +38,7 @@ class Settings:
     min_p: float | None = None
     seed: int = 0
     max_length: int | None = None
+    thinking: bool | None = None
 
     def __post_init__(self) -> None:
         Sampler(self.temperature, self.top_k, self.top_p, self.min_p)
@@ -47,7 +48,8 @@ class Settings:
 @dataclass(frozen=True)
 class Statistics:
     """One answer: positions of its prompt, tokens generated, seconds to the first piece and in all. `finish_reason` is
-    None for an answer that was stopped; `kept` of the prompt's positions were known from turns before."""
+    None for an answer that was stopped; `kept` of the prompt's positions were known from turns before; `reasoning` is
+    what came before the answer, None where there was none."""
 
     prompt_length: int
     tokens: int
@@ -55,6 +57,7 @@ class Statistics:
     seconds: float
     finish_reason: FinishReason | None
     kept: int = 0
+    reasoning: str | None = None
 
 
 class ChatSession:
@@ -122,10 +125,14 @@ class ChatSession:
             reason, kept = cast(FinishReason | None, answer.finish_reason), self._end(answer)
             if not failed and (pieces or reason):
                 said = self._written("".join(pieces), answer.ids)
-                self.messages = [*messages, {"role": "assistant", "content": said}]
+                # Kept for whoever reads the chat: templates leave out what was thought before an earlier answer.
+                thought = {} if answer.reasoning is None else {"reasoning_content": answer.reasoning}
+                self.messages = [*messages, {"role": "assistant", "content": said, **thought}]
                 self.media, self.attached = media, []
                 seconds = time.perf_counter() - start
-                self.last = Statistics(answer.prompt_length, len(answer.ids), first, seconds, reason, kept)
+                self.last = Statistics(
+                    answer.prompt_length, len(answer.ids), first, seconds, reason, kept, answer.reasoning
+                )
 
     def _begin(self, sample: Sample) -> Ticket | Stream:
         options = asdict(self.settings)

@@ -26,6 +26,7 @@ HELP: dict[str, tuple[str, str]] = {
     "save": ("FILE", "write the chat to a JSON file"),
     "load": ("FILE", "go on with a saved chat"),
     "stats": ("", "tokens and seconds of the last answer"),
+    "thoughts": ("", "what the model thought before its last answer"),
     "help": ("", "this list"),
     "quit": ("", "leave (Ctrl-D too)"),
 }
@@ -126,6 +127,9 @@ class Terminal:
                 self.note(f"(loaded {self.session.turns} turns from {argument})")
             case "stats":
                 self.note(self._statistics())
+            case "thoughts":
+                last = self.session.last
+                self.note((last.reasoning if last else None) or "(none)")
             case "help":
                 for command, (what, effect) in HELP.items():
                     self.note(f"/{command + ' ' + what:<16} {effect}")

@@ -23,12 +23,12 @@ from mm.datasets.processor import Encoded, EncodedMedia
 from mm.fusion.splice import Features, splice
 from mm.generation.caches.paged import OutOfPages, PagedView, Pages, Table
 from mm.generation.content import Remembered, beside, digest, identities
+from mm.generation.logprobs import TokenLogprob, likelihoods
 from mm.generation.options import Decoding, Options
 from mm.generation.requests import Prompts, check_at_least_one, check_model, encode_requests, stop_ids
 from mm.generation.rows import Shaper
 from mm.generation.sampling import INVALID
-from mm.generation.stopping import Cutter
-from mm.tokenizers.text import StreamDecoder
+from mm.generation.speaker import Speaker
 from mm.types import CrossMedia, Sample, Tokens
 from mm.types import Sequence as DecoderInput
 
@@ -51,12 +51,14 @@ class Counts:
 class Ticket(Iterator[str]):
     """One request in an engine: an iterator of text pieces, whole characters each. Asking for one drives the engine.
 
-    `ids` grow as they come; `finish_reason` is "stop", "length" or "cancelled" at the end, None before. `shared` of the
-    prompt's positions were found in the cache. What failed for this request alone is raised here, by its next piece.
+    `ids` grow as they come, `logprobs` with them if asked for; `finish_reason` is "stop", "length" or "cancelled" at
+    the end, None before. `shared` of the prompt's positions were found in the cache. What failed for this request alone
+    is raised here, by its next piece.
     """
 
     def __init__(self, engine: Engine, encoded: Encoded, name: str, shaper: Shaper, max_new_tokens: int) -> None:
         self.ids: list[int] = []
+        self.logprobs: list[TokenLogprob] | None = None if shaper.decoding.logprobs is None else []
         self.finish_reason: str | None = None
         self.error: Exception | None = None
         self.prompt_length, self.shared = encoded.length, 0
@@ -67,8 +69,7 @@ class Ticket(Iterator[str]):
         self.sequence: DecoderInput | None = None  # of the prompt, until it is read
         self.cross: CrossMedia | None = None
         self.next_position = 0
-        tokenizer = engine.model.tokenizer
-        self._decoder, self._cutter = StreamDecoder(tokenizer), Cutter(shaper.decoding.stop_strings)
+        self._speaker = Speaker(engine.model, shaper.decoding, shaper.prompts.openings[0])
         self._pieces: deque[str] = deque()
 
     def __next__(self) -> str:
@@ -80,6 +81,11 @@ class Ticket(Iterator[str]):
             self.engine.step()
         return self._pieces.popleft()
 
+    @property
+    def reasoning(self) -> str | None:
+        """What was thought before the answer, so far, which no piece holds; None where nothing was."""
+        return self._speaker.reasoning
+
     def text(self) -> str:
         """The whole answer (what of it no piece has given yet)."""
         return "".join(self)
@@ -89,12 +95,14 @@ class Ticket(Iterator[str]):
         if self.finish_reason is None:
             self.engine._leave(self, "cancelled")
 
-    def _take(self, token: int) -> None:
+    def _take(self, token: int, likely: TokenLogprob | None) -> None:
         """One more token of the answer."""
         stops = self.shaper.stops
         if token not in stops:
             self.ids.append(token)
-            self._show(self._cutter.push(self._decoder.push(token)))
+            if self.logprobs is not None and likely is not None:
+                self.logprobs.append(likely)
+            self._show(self._speaker.push(token))
         if not self.shaper.going([token]):
             self._end("stop")
         elif len(self.ids) == self.max_new_tokens:
@@ -104,7 +112,7 @@ class Ticket(Iterator[str]):
             self.identities.append(token)
 
     def _end(self, reason: str) -> None:
-        self._show(self._cutter.push(self._decoder.flush()) + self._cutter.flush())
+        self._show(self._speaker.flush())
         self.engine._leave(self, reason)
 
     def _show(self, piece: str) -> None:
@@ -163,14 +171,14 @@ class Engine:
         decoding = Decoding(**options)
         if name := unsupported(decoding):
             raise ValueError(f"{name}: the engine decodes token by token; use generate")
-        (request,) = encode_requests(self.model, [sample], seed, max_new_tokens, max_length)
+        (request,) = encode_requests(self.model, [sample], seed, max_new_tokens, max_length, decoding.thinking)
         room = self.pages.count * self.pages.size
         if not self.pages.grows and request.encoded.length + max_new_tokens > room:
             raise ValueError(
                 f"{request.name}: a prompt of {request.encoded.length} positions and max_new_tokens={max_new_tokens} "
                 f"exceed the {room} positions of all pages; give the engine more pages"
             )
-        prompts = Prompts({}, [request.encoded.ids], [request.name], [request.generator])
+        prompts = Prompts({}, [request.encoded.ids], [request.name], [request.generator], [request.opening])
         shaper = Shaper(self.model, prompts, decoding, stop_ids(self.model))
         ticket = Ticket(self, request.encoded, request.name, shaper, max_new_tokens)
         self.waiting.append(ticket)
@@ -303,15 +311,19 @@ class Engine:
         for places in together.values():
             shaper = tickets[places[0]].shaper
             generators = [tickets[place].shaper.prompts.generators[0] for place in places]
-            chosen = shaper.decoding.choose(shaper.mask(logits[places]), generators, shaper.history)
-            for place, token in zip(places, chosen.tolist(), strict=True):
-                self._attempt(tickets[place], lambda ticket, token=token: self._give(ticket, token))
+            ids = shaper.decoding.choose(shaper.mask(logits[places]), generators, shaper.history).tolist()
+            top = shaper.decoding.logprobs
+            # One that has no distribution (INVALID) is refused before its likelihood is looked at.
+            likely = [] if top is None else likelihoods(logits[places], [max(token, 0) for token in ids], top)
+            for rank, place in enumerate(places):
+                token, its = ids[rank], likely[rank] if likely else None
+                self._attempt(tickets[place], lambda ticket, token=token, its=its: self._give(ticket, token, its))
 
-    def _give(self, ticket: Ticket, token: int) -> None:
+    def _give(self, ticket: Ticket, token: int, likely: TokenLogprob | None) -> None:
         if token == INVALID:
             ticket.shaper.prompts.refuse(0, len(ticket.ids) + 1)
         self.counts.decoded += 1
-        ticket._take(token)
+        ticket._take(token, likely)
 
     def _leave(self, ticket: Ticket, reason: str) -> None:
         """Ends a request and frees what it holds."""
@@ -339,7 +351,7 @@ _NOT_HERE = {
     "penalty_alpha": lambda d: d.penalty_alpha is not None,
     "draft": lambda d: d.draft is not None,
     "amateur": lambda d: d.amateur is not None,
-    "logprobs": lambda d: d.logprobs is not None,
+    "steer": lambda d: d.steer is not None,
     "cache": lambda d: d.cache != "dynamic",
 }
 
@@ -350,4 +362,4 @@ def unsupported(decoding: Decoding) -> str | None:
 
 
 def _hashable(decoding: Decoding) -> Any:
-    return decoding.temperature, decoding.top_k, decoding.top_p, decoding.min_p, decoding.typical_p
+    return decoding.temperature, decoding.top_k, decoding.top_p, decoding.min_p, decoding.typical_p, decoding.logprobs

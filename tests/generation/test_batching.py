@@ -168,7 +168,7 @@ def test_what_fails_for_one_goes_on_for_the_others(tokenizer, samples, monkeypat
 
 @pytest.mark.parametrize(
     "options",
-    [{"num_beams": 2}, {"draft": "lookup"}, {"cache": "int8"}, {"logprobs": 1}, {"top_k": 3, "penalty_alpha": 0.1}],
+    [{"num_beams": 2}, {"draft": "lookup"}, {"cache": "int8"}, {"top_k": 3, "penalty_alpha": 0.1}],
 )
 def test_what_it_cannot_do_is_named(tokenizer, samples, options: Any) -> None:
     with pytest.raises(ValueError, match=next(name for name in options if name != "top_k")):

@@ -25,7 +25,7 @@ ROOM = 64  # positions: room is made in multiples of it, and for an eighth more 
 
 @dataclass
 class StaticLayout(Layout):
-    """Queries at `columns` (T,) int64 of keys of which later ones are not written yet: document 0, which nobody sees."""
+    """Queries at `columns` (T,) int64 of the keys. Later keys are not written yet: document 0, which nobody sees."""
 
     columns: Tensor = None  # type: ignore[assignment]
     has_branches: ClassVar[bool] = False  # type: ignore[misc]
