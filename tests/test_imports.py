@@ -45,6 +45,7 @@ ALLOWED: dict[str, set[str]] = {
     "mm.evaluation": RUNS,
     "mm.chat": RUNS,
     "mm.report": RUNS,
+    "mm.explain": RUNS | {"mm.report"},
     "mm.doctor": RUNS | {"mm.training"},
     "mm.validate": RUNS | {"mm.training", "mm.evaluation"},
     "mm.harness": RUNS | {"mm.evaluation"},

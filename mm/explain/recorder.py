@@ -2,7 +2,9 @@
 
 A mixer that attends calls its backend with queries and keys; the recorder stands in front of the backend, hands the
 call on, and writes the same softmax out for the queries that are wanted. Cross-attention layers and resamplers are
-watched by hooks. One row a batch. Shape legend: `T` queries, `S` wanted ones, `K` keys, `H` heads, `N` media tokens, `Q` latents.
+watched by hooks. One row a batch.
+
+Shape legend: `T` queries, `S` wanted ones, `K` keys, `H` heads, `N` media tokens, `Q` latents.
 """
 
 from __future__ import annotations

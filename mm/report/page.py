@@ -22,6 +22,7 @@ from mm.report.media import Embedded, embed
 from mm.report.run import Benchmark, Curve, Prediction, Run, Stage, flatten, read_run
 from mm.types import MODALITIES
 
+STYLE = Path(__file__).with_name("style.css")
 GALLERY = 12  # samples shown of each benchmark, a third of them wrong ones if there are that many
 RECENT = 0.2  # the share of a stage's routing lines, from its end, that the heat maps sum
 
@@ -97,7 +98,7 @@ def render(run: Run) -> str:
     return environment.get_template("page.html").render(
         run=run,
         title=run.directory.resolve().name,
-        style=Markup((folder / "style.css").read_text(encoding="utf-8")),
+        style=Markup(STYLE.read_text(encoding="utf-8")),
         version=mm.__version__,
         python=platform.python_version(),
         versions=run.manifest.get("versions") or run.summary.get("versions") or {},

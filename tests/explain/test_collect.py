@@ -219,7 +219,9 @@ def test_media_beside_the_sequence():
     hook.remove()
     again = explain(model, asking(images=2), answer=found.answer or "red")
     columns = [step.column for step in again.steps]
-XX    assert again.cells(beside[0].weights, "own", 0) is None
+    own = next(a for a in again.attention if a.of == "beside")
+    assert torch.allclose(own.weights, seen["weights"][columns], atol=1e-5)
+    assert again.cells(beside[0].weights, "own", 0) is None
 
 
 @pytest.mark.parametrize("bridge", [PerceiverResampler, partial(GatedCrossAttentionBridge)])

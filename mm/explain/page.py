@@ -1,0 +1,184 @@
+"""An explanation as a page: one HTML file without scripts that fetches nothing and looks like `mm report`'s."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from torch import Tensor
+
+import mm
+from mm.explain import pictures
+from mm.explain.explanation import Explanation, LayerAttention, SeenMedia
+from mm.explain.maps import expert_loads, expert_map, grid_table, named, plain, visible
+from mm.report import page as report
+
+STEPS = 48  # of an answer that the page shows one by one
+TABLE_SIDE = 40  # cells; an image finer than that has no table of numbers
+RECENT_TEXT = 160  # text positions in the routing table, the last ones
+
+
+@dataclass(frozen=True)
+class Overlay:
+    """Heat over a media item, from one layer: its share of the layer's attention, and the cell that got most."""
+
+    title: str
+    uri: str
+    share: float
+    most: str
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Of one layer's attention, what went to each part, in the order of the sequence."""
+
+    name: str
+    parts: list[tuple[str, float]]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """What is shown of one step, or (`number` 0) of all of them together. `overlays` are lists, one a media item."""
+
+    number: int
+    title: str
+    probability: float | None
+    top: list[tuple[str, float]]
+    overlays: list[list[Overlay]]
+    shares: list[Shares]
+    routing: list[tuple[int, list[tuple[int, float]]]]
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A media item on the page: its picture and the picture's sides, and a table of where the answer looked."""
+
+    item: SeenMedia
+    title: str
+    uri: str | None
+    ratio: float
+    table: Markup | None
+
+
+def render(found: Explanation, model: str) -> str:
+    """The page as HTML text; `model` is what it calls the model. Jinja escapes all that comes from data."""
+    folder = Path(__file__).parent
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.loader = FileSystemLoader(folder)
+    environment.filters |= {"percent": report.percent, "plain": plain, "visible": visible}
+    steps = found.steps[:STEPS]
+    styles = (report.STYLE, folder / "style.css")
+    return environment.get_template("page.html").render(
+        found=found,
+        model=model,
+        version=mm.__version__,
+        style=Markup("\n".join(path.read_text(encoding="utf-8") for path in styles)),
+        media=[shown(found, number) for number in range(len(found.media))],
+        panels=[panel(found, 0, torch.arange(len(found.steps)))]
+        + [panel(found, step + 1, torch.tensor([step])) for step in range(len(steps))],
+        loads=expert_loads(found),
+        maps=[drawn for number in range(len(found.media)) if (drawn := expert_map(found, number))],
+        tokens=token_routing(found),
+        notes=notes(found),
+    )
+
+
+def shown(found: Explanation, number: int) -> Shown:
+    item = found.media[number]
+    height, width = (3, 8) if item.picture is None or item.kind == "audio" else item.picture.shape[-2:]
+    if item.kind == "video" and item.picture is not None:
+        width *= len(pictures.shown_frames(len(item.picture)))
+    mean = mean_over_layers(found, number)
+    rows, columns = (0, 0) if item.cells is None else item.cells[1:]
+    table = None
+    if mean is not None and item.kind == "image" and max(rows, columns) <= TABLE_SIDE:
+        table = grid_table(mean[0])
+    return Shown(item, named(item, number), pictures.picture(item), width / height, table)
+
+
+def mean_over_layers(found: Explanation, number: int) -> Tensor | None:
+    """(t, h, w): the mean over layers and steps of the attention on a media item's cells."""
+    seen = [found.cells(attention.weights, attention.of, number) for attention in found.attention]
+    seen = [cells for cells in seen if cells is not None]
+    return torch.stack(seen).mean((0, 1)) if seen else None
+
+
+def panel(found: Explanation, number: int, steps: Tensor) -> Panel:
+    """`steps` are those that are shown together, as their mean."""
+    step = found.steps[int(steps[0])] if number else None
+    return Panel(
+        number,
+        step.text if step else "the whole answer",
+        step.probability if step else None,
+        step.top if step else [],
+        [overlays(found, media, steps) for media in range(len(found.media))],
+        [shares(found, attention, steps) for attention in found.attention],
+        [(routing.layer, routing.of(step.column)) for routing in found.routing] if step else [],
+    )
+
+
+def overlays(found: Explanation, media: int, steps: Tensor) -> list[Overlay]:
+    """The rollout, where there is one, and each layer that sees the item."""
+    seen = [(attention.name, attention.of, attention.weights) for attention in found.attention]
+    if found.rollout is not None:
+        seen.insert(0, ("all layers (rollout)", "own", found.rollout))
+    result = []
+    for name, of, weights in seen:
+        cells, share = found.cells(weights[steps], of, media), found.share(weights[steps], of, media)
+        if cells is None or share is None:
+            continue
+        item, mean = found.media[media], cells.mean(0)
+        most = int(mean.argmax())
+        t, rest = divmod(most, mean.shape[1] * mean.shape[2])
+        place = pictures.cell_name(item, (t, *divmod(rest, mean.shape[2])))
+        strongest = f"most at {place}, {report.percent(float(mean.max()))}"
+        result.append(Overlay(name, pictures.heat(mean, item), float(share.mean()), strongest))
+    return result
+
+
+def shares(found: Explanation, attention: LayerAttention, steps: Tensor) -> Shares:
+    """Media by item; text as question (all of the prompt) and answer so far; what is missing from 1 went to sinks."""
+    weights = attention.weights[steps].mean(0)
+    parts: dict[str, float] = {}
+    if attention.of == "own":
+        for position, weight in zip(found.positions, weights.tolist(), strict=True):
+            text = "prompt" if position.part == "prompt" else "answer so far"
+            name = text if position.media is None else f"{position.modality} {position.media + 1}"
+            parts[name] = parts.get(name, 0.0) + weight
+        if (sinks := 1 - float(weights.sum())) > 0.005:
+            parts["nothing (sinks)"] = sinks
+    else:
+        for number, item in enumerate(found.media):
+            share = found.share(attention.weights[steps], "beside", number)
+            if share is not None:
+                parts[f"{item.kind} {number + 1}"] = float(share.mean())
+    return Shares(attention.name, [(name, share) for name, share in parts.items() if share > 0])
+
+
+def token_routing(found: Explanation) -> list[tuple[str, str, list[list[tuple[int, float]]]]]:
+    """(text, part, the experts of each sparse layer) of the last text positions."""
+    if not found.routing:
+        return []
+    text = [column for column, position in enumerate(found.positions) if position.media is None]
+    return [
+        (found.positions[column].text, found.positions[column].part, [layer.of(column) for layer in found.routing])
+        for column in text[-RECENT_TEXT:]
+    ]
+
+
+def notes(found: Explanation) -> list[str]:
+    """What the page leaves out, and why."""
+    left = len(found.steps) - STEPS
+    text = sum(position.media is None for position in found.positions) - RECENT_TEXT
+    frames = [item for item in found.media if item.kind == "video" and item.grid[0] > pictures.FRAMES]
+    return [
+        *found.notes,
+        *([f"the last {left} of {len(found.steps)} tokens are not shown one by one"] if left > 0 else []),
+        *([f"the first {text} text tokens are not in the routing table"] if text > 0 and found.routing else []),
+        *(f"{item.name}: {pictures.FRAMES} of {item.grid[0]} frames are shown" for item in frames),
+        *(f"{item.name}: its tokens have no places any more to lay over it" for item in found.media if not item.cells),
+        *([] if found.routing else ["no expert layers: every token takes the same weights"]),
+    ]
