@@ -113,7 +113,7 @@ def _open(args: argparse.Namespace) -> ChatSession:
 def _one_shot(session: ChatSession, text: str) -> int:
     show: Callable[[str], str] = str  # a pipe gets the text as it is
     if sys.stdout.isatty():
-        from mm.chat.terminal import printable as show
+        from mm.chat.answer import printable as show
     try:
         for piece in session.ask(text):
             print(show(piece), end="", flush=True)
@@ -126,12 +126,10 @@ def _one_shot(session: ChatSession, text: str) -> int:
 def _interactive(session: ChatSession, name: str) -> int:
     from rich.console import Console
 
-    from mm.chat.terminal import Terminal, use_history
+    from mm.chat.reader import line_reader
+    from mm.chat.terminal import HELP, Terminal
 
     console = Console()
-    save_history = use_history(console)
-    try:
-        Terminal(session, console).run(name)
-    finally:
-        save_history()
+    commands = {command: effect for command, (_, effect) in HELP.items()}
+    Terminal(session, console, line_reader(console, commands)).run(name)
     return 0

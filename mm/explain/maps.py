@@ -14,7 +14,7 @@ LEFT, HEAD = 26, 16
 
 
 def plain(text: str) -> str:
-    """Text without what steers a reader's screen: control characters as their Unicode pictures, half pairs as U+FFFD."""
+    """Text without what steers a reader's screen: control characters as their pictures, half pairs as U+FFFD."""
     pictures = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421}
     return text.translate(pictures | dict.fromkeys([*range(0x80, 0xA0), *range(0xD800, 0xE000)], 0xFFFD))
 
