@@ -43,10 +43,10 @@ GROUPS: dict[str, dict[str, Command]] = {
         "tokenizer": Command("mm.datasets.vocabulary:main", "train a text tokenizer on shards or text files"),
     },
     "Training": {
-        "fit": Command("mm.training.cli:main", "train a stage from a config: align, instruct", pass_name=True),
+        "fit": Command("mm.training.command:main", "train a stage from a config: align, instruct", pass_name=True),
         "validate": Command("mm.validate:main", "score a stage or model: benchmarks with controls", pass_name=True),
-        "test": Command("mm.training.cli:main", "run a module's test loop", pass_name=True),
-        "predict": Command("mm.training.cli:main", "run a module's prediction loop", pass_name=True),
+        "test": Command("mm.training.command:main", "run a module's test loop", pass_name=True),
+        "predict": Command("mm.training.command:main", "run a module's prediction loop", pass_name=True),
     },
     "A model at hand": {
         "chat": Command("mm.chat.cli:main", "talk with it about images, sounds and videos"),

@@ -11,17 +11,14 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
+
+from mm.arguments import Parser
 
 if TYPE_CHECKING:
     from mm.chat.session import ChatSession
 
 DEFAULT_MODEL = "runs/demo/model"
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; see mm chat --help")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,12 +37,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = _Parser(
-        prog="mm chat",
+    parser = Parser(
+        "mm chat",
         usage="mm chat [MODEL] [--image F] [--audio F] [--video F] [options] [TEXT]",
         description="Talk with a model about images, sounds and videos. With TEXT, or with text piped in, it answers "
         "once and prints the answer alone; otherwise it chats.",
-        epilog="Example: mm chat runs/demo/model --image shape.png 'what colour is the shape?'",
+        examples=[
+            "mm chat runs/demo/model",
+            "mm chat runs/demo/model --image shape.png 'what color is the shape?'",
+            "echo 'what color is it?' | mm chat runs/demo/model --image shape.png > answer.txt",
+        ],
+        notes="In a chat, /help lists its commands; the path of a media file in a line attaches it.",
     )
     parser.add_argument(
         "words", nargs="*", metavar="MODEL TEXT", help=f"model directory (default: {DEFAULT_MODEL}), then the question"

@@ -136,11 +136,13 @@ class Terminal:
         last = self.session.last
         if last is None:
             return "(no answer yet)"
-        rate = (last.tokens - 1) / (last.seconds - last.first_seconds) if last.tokens > 1 else 0.0
         ended = {"stop": "ended by the model", "length": "cut at the limit", None: "stopped"}[last.finish_reason]
+        rate = (
+            f", then {(last.tokens - 1) / (last.seconds - last.first_seconds):.1f} tokens/s" if last.tokens > 1 else ""
+        )
         return (
-            f"turn {self.session.turns}: prompt {last.prompt_length} positions, answer {last.tokens} tokens ({ended}); "
-            f"first text after {last.first_seconds:.2f} s, then {rate:.1f} tokens/s"
+            f"turn {self.session.turns}: prompt {last.prompt_length} positions, answer {last.tokens} "
+            f"token{'s' * (last.tokens != 1)} ({ended}); first text after {last.first_seconds:.2f} s{rate}"
         )
 
 

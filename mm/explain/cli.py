@@ -10,12 +10,9 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; see mm explain --help")
+from mm.arguments import Parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,12 +52,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = _Parser(
-        prog="mm explain",
-        usage="mm explain MODEL [--image F] [--audio F] [--video F] [options] TEXT --out FILE",
+    parser = Parser(
+        "mm explain",
+        usage="mm explain MODEL [--image F] [--audio F] [--video F] [options] TEXT",
         description="Ask a model one question and write a page that shows how its answer came about: where each layer "
         "looked, which experts each token used, and what else was likely at every step.",
-        epilog="Example: mm explain runs/demo/model --image shape.png 'what color is the shape?' --out explain.html",
+        examples=[
+            "mm explain runs/demo/model --image shape.png 'what color is the shape?' --out explain.html",
+            "mm explain runs/demo/model --image shape.png 'what color is the shape?' --answer blue",
+        ],
     )
     parser.add_argument("model", metavar="MODEL", help="directory of a model, ours or a published one")
     parser.add_argument("text", metavar="TEXT", help="the question")

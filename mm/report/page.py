@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import platform
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 import mm
+from mm.arguments import Parser
 from mm.info import count
 from mm.report import plots
 from mm.report.evaluation import score_charts
@@ -69,7 +69,11 @@ class Card:
 
 def main(argv: Sequence[str]) -> int:
     """Writes the page and says where. Raises ValueError if the directory is not a run."""
-    parser = argparse.ArgumentParser(prog="mm report", description="Make a run's self-contained report page.")
+    parser = Parser(
+        "mm report",
+        "Make a run's page: one HTML file that needs nothing beside it, with losses, routing, scores and samples.",
+        examples=["mm report runs/demo"],
+    )
     parser.add_argument("run", type=Path, metavar="RUN_DIR", help="a run directory, such as runs/demo")
     parser.add_argument("--out", type=Path, metavar="FILE", help="where to write it (default: RUN_DIR/report.html)")
     options = parser.parse_args(argv)
