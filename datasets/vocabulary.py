@@ -16,7 +16,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(
         "mm tokenizer",
         "Train a byte-level BPE tokenizer on the messages of shards, or on text files.",
-        examples=["mm tokenizer runs/demo/shards/easy_vqa notes.txt --out runs/tokenizer --vocab-size 4096"],
+        examples=["mm tokenizer runs/demo/shards/easy-vqa-train notes.txt --out runs/tokenizer --vocab-size 4096"],
     )
     parser.add_argument(
         "sources", nargs="+", type=Path, metavar="SOURCE", help="a folder of shards, or a UTF-8 text file"

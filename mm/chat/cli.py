@@ -7,6 +7,7 @@ user can cause are raised as ValueError or OSError; `mm.cli` prints them as one 
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -28,7 +29,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.text = sys.stdin.read().strip()
         if not args.text:
             raise ValueError("standard input is empty; give the question as TEXT, or pipe it")
-    session = _open(args)
+    gc.disable()  # what imports and a model make stays: looking through it for garbage is a tenth of the time to start
+    try:
+        session = _open(args)
+    finally:
+        gc.enable()
     for kind, path in args.media:
         session.attach(kind, path)
     if args.text is None:

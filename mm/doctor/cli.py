@@ -55,7 +55,10 @@ def main(argv: Sequence[str]) -> int:
         "mm doctor",
         "Check data, a config or a checkpoint, and the machine, before training. The exit status says whether to "
         "train: 0 yes, 1 no.",
-        examples=["mm doctor runs/demo/shards/easy_vqa", "mm doctor configs/demo/instruct.yaml --plot lengths.png"],
+        examples=[
+            "mm doctor runs/demo/shards/easy-vqa-train",
+            "mm doctor configs/demo/instruct.yaml --plot lengths.png",
+        ],
     )
     add = parser.add_argument
     add("what", type=Path, metavar="DATA|CONFIG|CHECKPOINT", help="folder of shards, YAML, model folder or .ckpt file")

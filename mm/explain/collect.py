@@ -183,11 +183,11 @@ def _item(
     if read is not None:
         reductions = reductions[:1]
     grid = _grid(item.tokens.grid)
-    stride = (1, 1, 1)
+    stride: Grid = (1, 1, 1)
     cells: Grid = grid
     for reduction in reductions:
-        stride = tuple(a * b for a, b in zip(stride, reduction.stride, strict=True))
-        cells = reduction(cells)
+        (t, h, w), (times, down, across) = stride, reduction.stride
+        stride, cells = (t * times, h * down, w * across), reduction(cells)
     if any(reduction.fixed is not None for reduction in reductions) or Reduction(stride)(grid) != cells:
         cells, stride = (0, 0, 0), (1, 1, 1)
     count_of_cells = math.prod(cells)

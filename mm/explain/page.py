@@ -122,12 +122,13 @@ def panel(found: Explanation, number: int, steps: Tensor) -> Panel:
 
 def overlays(found: Explanation, media: int, steps: Tensor) -> list[Overlay]:
     """The rollout, where there is one, and each layer that sees the item."""
-    seen = [(attention.name, attention.of, attention.weights) for attention in found.attention]
+    seen = [(attention.name, attention) for attention in found.attention]
     if found.rollout is not None:
-        seen.insert(0, ("all layers (rollout)", "own", found.rollout))
+        seen.insert(0, ("all layers (rollout)", LayerAttention(-1, "own", found.rollout)))
     result = []
-    for name, of, weights in seen:
-        cells, share = found.cells(weights[steps], of, media), found.share(weights[steps], of, media)
+    for name, attention in seen:
+        weights, of = attention.weights[steps], attention.of
+        cells, share = found.cells(weights, of, media), found.share(weights, of, media)
         if cells is None or share is None:
             continue
         item, mean = found.media[media], cells.mean(0)

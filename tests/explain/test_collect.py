@@ -2,6 +2,7 @@
 
 import io
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from mm.decoder.attention.grouped import GroupedAttention, Scores
 from mm.decoder.attention.latent import LatentAttention
 from mm.decoder.attention.linear import LinearAttention
 from mm.decoder.positions import Alibi
-from mm.explain.collect import explain
+from mm.explain import collect
 from mm.explain.recorder import Recorder, rollout
 from mm.fusion.cross_attention import GatedCrossAttentionBridge
 from mm.fusion.projector import LinearProjector, MLPProjector
@@ -23,6 +24,14 @@ from mm.testing import picture, spread, tiny_decoder, tiny_model, tiny_tokenizer
 from mm.types import Sample
 
 QUESTION = "what color is the shape?"
+
+
+def explain(*args, **options) -> Any:
+    return collect.explain(*args, **options)
+
+
+def layers_of(model) -> Any:
+    return model.decoder.layers
 
 
 def asking(size=(8, 6), images=1) -> Sample:
@@ -86,7 +95,9 @@ def test_the_picture_is_what_the_model_saw(found):
     [item] = found.media
     pixels = item.picture
     assert pixels.shape == (1, 3, 8, 6) and pixels.dtype == torch.uint8
-    exact = np.asarray(Image.open(io.BytesIO(picture(0, (8, 6)).data)).convert("RGB"))  # no resize: 8 x 6 is 4 x 3 of 2
+    exact = np.asarray(
+        Image.open(io.BytesIO(bytes(picture(0, (8, 6)).data))).convert("RGB")
+    )  # no resize: 8 x 6 is 4 x 3 of 2
     assert torch.equal(pixels[0].permute(1, 2, 0), torch.from_numpy(exact.copy()))
 
 
@@ -143,7 +154,7 @@ def test_attention_matches_a_written_out_softmax(mixer):
 
     hooks = [
         layer.mixer.register_forward_pre_hook(lambda part, args, n=n: watch(part, args, n))
-        for n, layer in enumerate(model.decoder.layers)
+        for n, layer in enumerate(layers_of(model))
     ]
     with Recorder(model, columns) as seen:
         model(input_ids=ids)
@@ -159,11 +170,11 @@ def test_recording_changes_nothing_and_leaves_nothing_behind():
     model = text_model()
     ids = torch.randint(10, 200, (1, 9))
     before = model(input_ids=ids).logits
-    backends = [layer.mixer.attend for layer in model.decoder.layers]
+    backends = [layer.mixer.attend for layer in layers_of(model)]
     with pytest.raises(RuntimeError), Recorder(model, torch.tensor([3])):
         assert torch.equal(model(input_ids=ids).logits, before)
         raise RuntimeError("an error on the way")
-    assert [layer.mixer.attend for layer in model.decoder.layers] == backends
+    assert [layer.mixer.attend for layer in layers_of(model)] == backends
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
@@ -204,7 +215,7 @@ def test_media_beside_the_sequence():
     assert [a.layer for a in beside] == [0] and beside[0].name == "layer 0, cross-attention"
     assert torch.allclose(beside[0].weights.sum(1), torch.ones(len(found.steps)), atol=1e-5)
     assert found.rollout is None and "beside the sequence" in found.notes[-1]
-    part = model.decoder.layers[0].cross
+    part = layers_of(model)[0].cross
     seen = {}
 
     def written(module, args):
