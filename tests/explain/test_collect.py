@@ -95,9 +95,8 @@ def test_the_picture_is_what_the_model_saw(found):
     [item] = found.media
     pixels = item.picture
     assert pixels.shape == (1, 3, 8, 6) and pixels.dtype == torch.uint8
-    exact = np.asarray(
-        Image.open(io.BytesIO(bytes(picture(0, (8, 6)).data))).convert("RGB")
-    )  # no resize: 8 x 6 is 4 x 3 of 2
+    # Not resized: 8 x 6 pixels are 4 x 3 patches of 2.
+    exact = np.asarray(Image.open(io.BytesIO(bytes(picture(0, (8, 6)).data))).convert("RGB"))
     assert torch.equal(pixels[0].permute(1, 2, 0), torch.from_numpy(exact.copy()))
 
 
