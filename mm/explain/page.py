@@ -18,7 +18,7 @@ from mm.report import page as report
 
 STEPS = 48  # of an answer that the page shows one by one
 TABLE_SIDE = 40  # cells; an image finer than that has no table of numbers
-RECENT_TEXT = 160  # text positions in the routing table, the last ones
+RECENT_TEXT = 160  # text positions that are shown, the last ones
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,8 @@ class Shares:
 
 @dataclass(frozen=True)
 class Panel:
-    """What is shown of one step, or (`number` 0) of all of them together. `overlays` are lists, one a media item."""
+    """What is shown of one step, or (`number` 0) of all of them together. `overlays` are lists, one a media item; of
+    each text token `words` have its share of attention, the mean of layers, and how strongly that is drawn (0 to 1)."""
 
     number: int
     title: str
@@ -49,6 +50,7 @@ class Panel:
     top: list[tuple[str, float]]
     overlays: list[list[Overlay]]
     shares: list[Shares]
+    words: list[tuple[str, float, float]]
     routing: list[tuple[int, list[tuple[int, float]]]]
 
 
@@ -116,6 +118,7 @@ def panel(found: Explanation, number: int, steps: Tensor) -> Panel:
         step.top if step else [],
         [overlays(found, media, steps) for media in range(len(found.media))],
         [shares(found, attention, steps) for attention in found.attention],
+        words(found, steps),
         [(routing.layer, routing.of(step.column)) for routing in found.routing] if step else [],
     )
 
@@ -159,6 +162,19 @@ def shares(found: Explanation, attention: LayerAttention, steps: Tensor) -> Shar
     return Shares(attention.name, [(name, share) for name, share in parts.items() if share > 0])
 
 
+def words(found: Explanation, steps: Tensor) -> list[tuple[str, float, float]]:
+    """The last text tokens that the steps saw. The first of the sequence takes what nothing else should have
+    (Xiao et al. 2023, arXiv 2309.17453), so the others set the scale."""
+    own = [attention.weights[steps].mean(0) for attention in found.attention if attention.of == "own"]
+    if not own:
+        return []
+    last = max(found.steps[step].column for step in steps.tolist())
+    seen = [(p.text, c) for c, p in enumerate(found.positions[: last + 1]) if p.media is None][-RECENT_TEXT:]
+    mean = torch.stack(own).mean(0).tolist()
+    top = max([mean[column] for _, column in seen if column] or [1.0])
+    return [(text, mean[column], min(1.0, mean[column] / max(top, 1e-9))) for text, column in seen]
+
+
 def token_routing(found: Explanation) -> list[tuple[str, str, list[list[tuple[int, float]]]]]:
     """(text, part, the experts of each sparse layer) of the last text positions."""
     if not found.routing:
@@ -178,7 +194,7 @@ def notes(found: Explanation) -> list[str]:
     return [
         *found.notes,
         *([f"the last {left} of {len(found.steps)} tokens are not shown one by one"] if left > 0 else []),
-        *([f"the first {text} text tokens are not in the routing table"] if text > 0 and found.routing else []),
+        *([f"the first {text} text tokens are not shown"] if text > 0 else []),
         *(f"{item.name}: {pictures.FRAMES} of {item.grid[0]} frames are shown" for item in frames),
         *(f"{item.name}: its tokens have no places any more to lay over it" for item in found.media if not item.cells),
         *([] if found.routing else ["no expert layers: every token takes the same weights"]),

@@ -16,7 +16,7 @@ from mm.explain import pictures
 from mm.explain.collect import explain
 from mm.explain.explanation import SeenMedia
 from mm.explain.maps import visible
-from mm.explain.page import STEPS, render
+from mm.explain.page import STEPS, render, words
 from mm.fusion.cross_attention import GatedCrossAttentionBridge
 from mm.fusion.projector import LinearProjector
 from mm.testing import picture, tiny_model
@@ -99,6 +99,16 @@ def test_each_step_has_its_overlays_experts_and_likely_tokens(found, html):
         assert all(f"<code>{visible(text)}</code>" in panel for text, _ in step.top if text.isalnum())
         assert "layer 1 " in panel and 'class="expert"' in panel
     assert "Step 1: what was likely" in panels[1] and "<code>red</code>" in panels[1]
+
+
+def test_words_show_what_the_step_saw(found, html):
+    seen = words(found, torch.tensor([1]))
+    assert [text for text, _, _ in seen][-1] == found.steps[0].text  # the token before, and none after it
+    text = [c for c, p in enumerate(found.positions) if p.media is None and c <= found.steps[1].column]
+    mean = torch.stack([a.weights[1] for a in found.attention]).mean(0)
+    assert torch.allclose(torch.tensor([share for _, share, _ in seen]), mean[text])
+    assert max(level for _, _, level in seen) == 1.0
+    assert html.count('class="words"') == len(found.steps) + 1
 
 
 def test_what_is_missing_is_said():
