@@ -3,7 +3,8 @@
     [{"role": "user", "content": [{"type": "image", "image": "cat.png"}, {"type": "text", "text": "what is it?"}]}]
 
 Content is text or a list of parts. A part of media has its file under its kind or under "path": a path, the file's
-bytes, or a Media. "reasoning_content" is what an assistant thought before it spoke. Only these keys are read: nothing in such a chat can name a token or a slot.
+bytes, or a Media. "reasoning_content" is what an assistant thought before it spoke. Only these keys are read: nothing
+in such a chat can name a token or a slot.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from mm.arguments import Parser
 from mm.datasets.catalog import defaults, names, open_source
 from mm.datasets.decontaminate import Decontaminate
 from mm.datasets.dedupe import Dedupe
@@ -39,30 +40,63 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    listed = "\n".join(f"  {name:<15} {line}" for name, line in names().items())
-    result = argparse.ArgumentParser(
-        prog="mm shard",
-        description="Writes samples from files or packages into WebDataset shards with an index and a manifest.",
-        epilog=f"sources:\n{listed}\n\nkeys of --filter: {', '.join(Filter.__dataclass_fields__)}\n"
+    listed = "\n".join(f"  {name:<15}  {line}" for name, line in names().items())
+    result = Parser(
+        "mm shard",
+        "Write samples from files or packages into WebDataset shards with an index and a manifest.",
+        usage="mm shard SOURCE --out DIR [options]\n       mm shard --index DIR",
+        notes=f"sources:\n{listed}\n\nkeys of --filter: {', '.join(Filter.__dataclass_fields__)}\n"
         f"keys of --transform: {', '.join(Transform.__dataclass_fields__)}\n\n"
         "The output is the same for any number of workers; an interrupted run goes on where it stopped. What is left "
-        "out\nis listed in DIR/removed.jsonl, what is broken in DIR/quarantine.jsonl.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "out is listed in DIR/removed.jsonl, what is broken in DIR/quarantine.jsonl.",
+        examples=[
+            "mm shard folder:photos --out shards/photos --workers 8",
+            "mm shard llava:chat.json --set images=photos --out shards/chat --filter min_side=64 --dedupe exact",
+        ],
     )
     add = result.add_argument
     add("source", nargs="?", metavar="SOURCE", help="NAME, NAME:PATH, or a path whose format is recognised")
     add("--out", type=Path, metavar="DIR", help="folder of the shards")
     add("--index", nargs="?", const="", metavar="DIR", help="instead: index WebDataset tars that lie in DIR")
-    add("--workers", type=_positive, default=len(os.sched_getaffinity(0)), metavar="N", help="processes (%(default)s)")
-    add("--engine", choices=("local", "ray"), default="local", help="this machine, or a Ray cluster (%(default)s)")
+    add(
+        "--workers",
+        type=_positive,
+        default=len(os.sched_getaffinity(0)),
+        metavar="N",
+        help="processes (%(default)s)",
+    )
+    add(
+        "--engine",
+        choices=("local", "ray"),
+        default="local",
+        help="this machine, or a Ray cluster (%(default)s)",
+    )
     add("--seed", type=int, metavar="S", help="seed of the source, where it has one")
     add("--split", metavar="S", help="train, test, ...: as the source offers")
     add("--limit", type=_positive, metavar="N", help="only the first N records")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="an option of the source; repeatable")
-    add("--samples-per-shard", type=_positive, default=500, metavar="N", help="at most (%(default)s)")
-    add("--shard-bytes", type=_positive, default=SHARD_BYTES, metavar="N", help="at most (%(default)s)")
+    add(
+        "--samples-per-shard",
+        type=_positive,
+        default=500,
+        metavar="N",
+        help="samples of a shard, at most (%(default)s)",
+    )
+    add(
+        "--shard-bytes",
+        type=_positive,
+        default=SHARD_BYTES,
+        metavar="N",
+        help="bytes of a shard, at most (%(default)s)",
+    )
     _add_steps(result.add_argument_group("what stays, and as what"))
-    add("--max-bad", type=float, default=0.01, metavar="RATE", help="share of broken records to tolerate (%(default)s)")
+    add(
+        "--max-bad",
+        type=float,
+        default=0.01,
+        metavar="RATE",
+        help="share of broken records to tolerate (%(default)s)",
+    )
     add("--overwrite", action="store_true", help="replace the shards that DIR holds")
     add("--quiet", action="store_true", help="no progress bar")
     return result
@@ -75,7 +109,13 @@ def _add_steps(group: Any) -> None:
     add("--filter", action="append", default=[], metavar="KEY=VALUE", help="a limit that samples must keep; repeatable")
     add("--transform", action="append", default=[], metavar="KEY=VALUE", help="re-encode media; repeatable")
     add("--dedupe", metavar="KINDS", help="leave out what came before: exact, images, text, with commas between")
-    add("--image-distance", type=int, default=3, metavar="BITS", help="in which alike images may differ (%(default)s)")
+    add(
+        "--image-distance",
+        type=int,
+        default=3,
+        metavar="BITS",
+        help="in which alike images may differ (%(default)s)",
+    )
     add("--text-similarity", type=float, default=0.8, metavar="J", help="of alike texts, Jaccard (%(default)s)")
     help_text = "leave out what this evaluation set holds: a folder of shards or a SOURCE; repeatable"
     add("--decontaminate", action="append", default=[], metavar="SET", help=help_text)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+from mm.arguments import Parser
 from mm.datasets.manifest import MANIFEST
 from mm.datasets.shard_reader import ShardDataset
 from mm.tokenizers.text import TextTokenizer
@@ -13,9 +13,10 @@ from mm.types import Sample
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="mm tokenizer",
-        description="Trains a byte-level BPE tokenizer on the messages of shards, or on text files.",
+    parser = Parser(
+        "mm tokenizer",
+        "Train a byte-level BPE tokenizer on the messages of shards, or on text files.",
+        examples=["mm tokenizer runs/demo/shards/easy-vqa-train notes.txt --out runs/tokenizer --vocab-size 4096"],
     )
     parser.add_argument(
         "sources", nargs="+", type=Path, metavar="SOURCE", help="a folder of shards, or a UTF-8 text file"

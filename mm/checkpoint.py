@@ -89,7 +89,7 @@ def load(path: str | Path) -> MultimodalModel:
     verify(path)
     config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
     if isinstance(config["init_args"]["tokenizer"], str):
-        config["init_args"]["tokenizer"] = str(path / "tokenizer.json")
+        config["init_args"]["tokenizer"] = str(path)  # naming the file, jsonargparse reads it as YAML, for seconds
     try:
         model = build(config, MultimodalModel)
     except ValueError as error:

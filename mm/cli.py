@@ -43,13 +43,14 @@ GROUPS: dict[str, dict[str, Command]] = {
         "tokenizer": Command("mm.datasets.vocabulary:main", "train a text tokenizer on shards or text files"),
     },
     "Training": {
-        "fit": Command("mm.training.cli:main", "train a stage from a config: align, instruct", pass_name=True),
+        "fit": Command("mm.training.command:main", "train a stage from a config: align, instruct", pass_name=True),
         "validate": Command("mm.validate:main", "score a stage or model: benchmarks with controls", pass_name=True),
-        "test": Command("mm.training.cli:main", "run a module's test loop", pass_name=True),
-        "predict": Command("mm.training.cli:main", "run a module's prediction loop", pass_name=True),
+        "test": Command("mm.training.command:main", "run a module's test loop", pass_name=True),
+        "predict": Command("mm.training.command:main", "run a module's prediction loop", pass_name=True),
     },
     "A model at hand": {
         "chat": Command("mm.chat.cli:main", "talk with it about images, sounds and videos"),
+        "explain": Command("mm.explain.cli:main", "show how an answer came about: attention, experts, likely tokens"),
         "generate": Command("mm.generate:main", "answer a file of prompts; goes on where it was interrupted"),
         "info": Command("mm.info:main", "print parameters, FLOPs and cache bytes per token"),
         "upcycle": Command("mm.upcycle:main", "make a mixture of experts of a dense model"),

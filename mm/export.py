@@ -6,7 +6,6 @@ mm import somewhere/llama runs/llama
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
 from mm import checkpoint
+from mm.arguments import Parser
 from mm.checkpoint import write_atomically
 from mm.decoder.families import family_of
 from mm.decoder.interchange import transfer
@@ -131,11 +131,21 @@ def _weight_files(tensors: Iterator[tuple[str, Tensor]], dtype: torch.dtype | No
 
 def main(argv: Sequence[str]) -> int:
     """`mm export`. Raises ValueError for what cannot be written, and for a target that holds something else."""
-    parser = argparse.ArgumentParser(prog="mm export", description="Write a model in another library's format.")
-    parser.add_argument("--to", required=True, choices=["hf"], help="hf: a directory that transformers loads")
+    parser = Parser(
+        "mm export",
+        "Write a model in another library's format.",
+        usage="mm export --to hf [--dtype D] [--decoder-only] SRC DST",
+        examples=[
+            "mm export --to hf runs/llama-moe exported",
+            "mm export --to hf --decoder-only runs/demo/model exported",
+        ],
+    )
+    what = "hf: a directory that transformers loads"
+    parser.add_argument("--to", required=True, choices=["hf"], metavar="FORMAT", help=what)
     parser.add_argument("source", metavar="SRC", type=Path, help="a model directory (or GGUF file) that mm.load opens")
     parser.add_argument("target", metavar="DST", type=Path, help="the directory to write")
-    parser.add_argument("--dtype", choices=DTYPES, help="the weights' format (default: as they are)")
+    dtypes = f"the weights' numbers: {', '.join(DTYPES)} (default: as they are)"
+    parser.add_argument("--dtype", choices=DTYPES, metavar="D", help=dtypes)
     parser.add_argument("--decoder-only", action="store_true", help="leave out towers and the embedding head")
     options = parser.parse_args(argv)
     _check_target(options.source, options.target, ours=False)
@@ -146,8 +156,11 @@ def main(argv: Sequence[str]) -> int:
 
 def import_main(argv: Sequence[str]) -> int:
     """`mm import`. Raises ValueError for what cannot be read, and for a target that holds something else."""
-    parser = argparse.ArgumentParser(
-        prog="mm import", description="Make a model directory of a Hugging Face directory or a GGUF file."
+    parser = Parser(
+        "mm import",
+        "Make a model directory of a Hugging Face directory or a GGUF file.",
+        notes="Commands that read a model take these as they are, too; this makes a directory to train from.",
+        examples=["mm import Llama-3.1-8B runs/llama", "mm import model-q8_0.gguf runs/model"],
     )
     parser.add_argument("source", metavar="SRC", type=Path, help="the directory with config.json, or the GGUF file")
     parser.add_argument("target", metavar="DST", type=Path, help="the model directory to write")

@@ -16,7 +16,9 @@ import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
+
+from mm.arguments import Parser
 
 if TYPE_CHECKING:
     from mm.types import Sample
@@ -50,11 +52,6 @@ OPTIONS: dict[str, tuple[Any, str]] = {
     "logprobs": (int, "also say how likely each token was, and N alternatives"),
     "cache": (str, "what is kept of the past: dynamic, window, sinks:4+1020, int8, int4, evict:512"),
 }
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; see mm generate --help")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -113,11 +110,18 @@ def _status(records: list[dict[str, Any]]) -> int:
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = _Parser(
-        prog="mm generate",
-        description="Answers prompts of a JSON-lines file. Run again, it goes on where it was interrupted.",
-        epilog='A line of --in: {"id": "1", "messages": [{"role": "user", "content": [{"type": "image", "image": '
-        '"a.png"}, {"type": "text", "text": "what is it?"}]}]}, or {"prompt": "text"}.',
+    parser = Parser(
+        "mm generate",
+        "Answer the prompts of a JSON-lines file. Run again, it goes on where it was interrupted.",
+        usage="mm generate MODEL --in FILE --out FILE [options]",
+        notes='A line of --in is {"prompt": "text"}, or a chat:\n'
+        '  {"id": "1", "messages": [{"role": "user", "content": [{"type": "image", "path": "a.png"}, '
+        '{"type": "text", "text": "what is it?"}]}]}\n'
+        "Paths are relative to the file. --out gets a line with text and finish_reason, or the error, for each.",
+        examples=[
+            "mm generate runs/demo/model --in prompts.jsonl --out answers.jsonl",
+            """mm generate MODEL --in prompts.jsonl --out answers.jsonl --json-schema '{"type": "integer"}'""",
+        ],
     )
     parser.add_argument("model", metavar="MODEL", help="directory of a model, ours or a published one, or a GGUF file")
     parser.add_argument("--in", dest="source", required=True, metavar="FILE", help="prompts, one JSON object a line")
@@ -128,7 +132,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before it; may be repeated")
     parser.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     for name, (kind, text) in OPTIONS.items():
-        parser.add_argument(f"--{name}", type=kind, metavar=name.upper().split("-")[-1], help=text)
+        last = name.upper().rpartition("-")[2]
+        metavar = last if len(last) == 1 else {int: "N", float: "X"}.get(kind, last)
+        parser.add_argument(f"--{name}", type=kind, metavar=metavar, help=text)
     return parser.parse_args(argv)
 
 

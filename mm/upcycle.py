@@ -5,7 +5,6 @@ mm upcycle somewhere/llama runs/llama-moe --experts 8 --per-token 2 --keep-dense
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 import yaml
 
 from mm import checkpoint
+from mm.arguments import Parser
 from mm.decoder.decoder import Decoder
 from mm.decoder.upcycle import Upcycling, copy_into_experts
 from mm.model import MultimodalModel
@@ -46,19 +46,31 @@ def upcycle(
 
 def main(argv: Sequence[str]) -> int:
     """Writes the directory and says how far the two models' logits lie apart."""
-    parser = argparse.ArgumentParser(prog="mm upcycle", description="Make a mixture of experts of a dense model.")
-    parser.add_argument("source", metavar="SRC", type=Path, help="what mm.load opens")
+    parser = Parser(
+        "mm upcycle",
+        "Make a mixture of experts of a dense model: each expert begins as a copy of the feed-forward part that it "
+        "stands for, so that the model computes what it did before.",
+        usage="mm upcycle SRC DST [options]",
+        examples=["mm upcycle runs/llama runs/llama-moe --experts 8 --per-token 2"],
+    )
+    what = "a model directory, ours or a published one, or a GGUF file"
+    parser.add_argument("source", metavar="SRC", type=Path, help=what)
     parser.add_argument("target", metavar="DST", type=Path, help="the model directory to write")
     parser.add_argument("--experts", type=int, default=8, metavar="N", help="experts a layer (default: 8)")
     parser.add_argument("--per-token", type=int, default=2, metavar="N", help="experts a token visits (default: 2)")
     parser.add_argument("--keep-dense", type=int, default=0, metavar="N", help="first layers left dense (default: 0)")
     parser.add_argument("--every", type=int, default=1, metavar="N", help="change every N-th layer (default: 1)")
     parser.add_argument(
-        "--noise", type=float, default=0.0, metavar="X", help="noise, as a share of the weights' spread"
+        "--noise",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="noise on copies, as a share of the weights' spread (default: 0)",
     )
-    parser.add_argument("--start", choices=["random", "zero"], default="random", help="the router's weights")
+    start = "the router's weights: random or zero (default: random)"
+    parser.add_argument("--start", choices=["random", "zero"], default="random", metavar="HOW", help=start)
     parser.add_argument("--router", type=Path, metavar="YAML", help="a router's class_path and init_args")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of noise and router (default: 0)")
     options = parser.parse_args(argv)
     if (options.target / "manifest.json").exists() or (options.target / "config.json").exists():
         raise ValueError(f"{options.target}: there is a model already; give another directory")

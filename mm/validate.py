@@ -29,6 +29,9 @@ CHECKOUT = Path(mm.__file__).resolve().parents[1] / HERE  # where an installed c
 def main(argv: Sequence[str]) -> int:
     """`argv[0]` is "validate". Raises ValueError for what a user can mend; 1 if a result was not reproduced."""
     name, *rest = argv
+    if "-h" in rest or "--help" in rest:
+        _lightning([name, "--help"])
+        return 0
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--benchmarks")
     parser.add_argument("--controls", action=argparse.BooleanOptionalAction)
@@ -51,7 +54,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _lightning(arguments: list[str]) -> None:
-    from mm.training.cli import main as lightning  # slow to import, and an error above needs none of it
+    from mm.training.command import main as lightning  # slow to import, and an error above needs none of it
 
     lightning(arguments)
 

@@ -19,25 +19,26 @@ TYPES = {"mm.types"}
 STAGES = {"mm.tokenizers", "mm.encoders", "mm.fusion", "mm.decoder"}
 NETWORK = TYPES | STAGES | {"mm.parts", "mm.model", "mm.pretrained", "mm.checkpoint"}
 USES = NETWORK | {"mm.datasets"}
-RUNS = USES | {"mm.objectives", "mm.generation", "mm.allowlist", "mm.config_errors", "mm.info"}
+RUNS = USES | {"mm.arguments", "mm.objectives", "mm.generation", "mm.allowlist", "mm.config_errors", "mm.info"}
 ALLOWED: dict[str, set[str]] = {
     "mm": set(),
     "mm.types": set(),
     "mm.allowlist": set(),
+    "mm.arguments": set(),
     "mm.config_errors": {"mm.allowlist"},
     "mm.parts": {"mm.allowlist", "mm.config_errors"},
     "mm.tokenizers": TYPES,
     "mm.encoders": TYPES,
     "mm.fusion": TYPES,
     "mm.decoder": TYPES,
-    "mm.datasets": TYPES | {"mm.tokenizers.text"},
+    "mm.datasets": TYPES | {"mm.arguments", "mm.tokenizers.text"},
     "mm.testing": USES,
     "mm.model": TYPES | STAGES | {"mm.parts", "mm.datasets.chat_template"},
     "mm.checkpoint": TYPES | STAGES | {"mm.parts", "mm.model"},
     "mm.pretrained": TYPES | STAGES | {"mm.parts", "mm.model", "mm.datasets.published_template"},
-    "mm.export": NETWORK,
-    "mm.upcycle": NETWORK,
-    "mm.info": NETWORK,
+    "mm.export": NETWORK | {"mm.arguments"},
+    "mm.upcycle": NETWORK | {"mm.arguments"},
+    "mm.info": NETWORK | {"mm.arguments"},
     "mm.objectives": USES,
     "mm.generation": USES,
     "mm.generate": RUNS,
@@ -45,6 +46,7 @@ ALLOWED: dict[str, set[str]] = {
     "mm.evaluation": RUNS,
     "mm.chat": RUNS,
     "mm.report": RUNS,
+    "mm.explain": RUNS | {"mm.report"},
     "mm.doctor": RUNS | {"mm.training"},
     "mm.validate": RUNS | {"mm.training", "mm.evaluation"},
     "mm.harness": RUNS | {"mm.evaluation"},

@@ -10,8 +10,6 @@ import math
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
-from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2 import functional as transforms
 
 from mm.types import Grid, Tokens
 
@@ -62,7 +60,7 @@ class ImageTokenizer:
         if covered == tuple(frames.shape[-2:]):
             if covered == size:
                 return frames
-            return transforms.resize(frames, list(size), interpolation=InterpolationMode.BICUBIC, antialias=True)
+            return interpolate(frames, size=size, mode="bicubic", antialias=True)
         # A hair more than exact, since the output's size is rounded down; what is beyond `size` is cut off.
         scale = [want / have * (1 + 1e-9) for want, have in zip(size, covered, strict=True)]
         resized = interpolate(frames, scale_factor=scale, mode="bicubic", antialias=True)

@@ -7,21 +7,19 @@ user can cause are raised as ValueError or OSError; `mm.cli` prints them as one 
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
+
+from mm.arguments import Parser
 
 if TYPE_CHECKING:
     from mm.chat.session import ChatSession
 
 DEFAULT_MODEL = "runs/demo/model"
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; see mm chat --help")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,7 +29,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.text = sys.stdin.read().strip()
         if not args.text:
             raise ValueError("standard input is empty; give the question as TEXT, or pipe it")
-    session = _open(args)
+    gc.disable()  # what imports and a model make stays: looking through it for garbage is a tenth of the time to start
+    try:
+        session = _open(args)
+    finally:
+        gc.enable()
     for kind, path in args.media:
         session.attach(kind, path)
     if args.text is None:
@@ -40,12 +42,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = _Parser(
-        prog="mm chat",
+    parser = Parser(
+        "mm chat",
         usage="mm chat [MODEL] [--image F] [--audio F] [--video F] [options] [TEXT]",
         description="Talk with a model about images, sounds and videos. With TEXT, or with text piped in, it answers "
         "once and prints the answer alone; otherwise it chats.",
-        epilog="Example: mm chat runs/demo/model --image shape.png 'what colour is the shape?'",
+        examples=[
+            "mm chat runs/demo/model",
+            "mm chat runs/demo/model --image shape.png 'what color is the shape?'",
+            "echo 'what color is it?' | mm chat runs/demo/model --image shape.png > answer.txt",
+        ],
+        notes="In a chat, /help lists its commands; the path of a media file in a line attaches it.",
     )
     parser.add_argument(
         "words", nargs="*", metavar="MODEL TEXT", help=f"model directory (default: {DEFAULT_MODEL}), then the question"
@@ -117,7 +124,7 @@ def _open(args: argparse.Namespace) -> ChatSession:
 def _one_shot(session: ChatSession, text: str) -> int:
     show: Callable[[str], str] = str  # a pipe gets the text as it is
     if sys.stdout.isatty():
-        from mm.chat.terminal import printable as show
+        from mm.chat.answer import printable as show
     try:
         for piece in session.ask(text):
             print(show(piece), end="", flush=True)
@@ -130,12 +137,10 @@ def _one_shot(session: ChatSession, text: str) -> int:
 def _interactive(session: ChatSession, name: str) -> int:
     from rich.console import Console
 
-    from mm.chat.terminal import Terminal, use_history
+    from mm.chat.reader import line_reader
+    from mm.chat.terminal import HELP, Terminal
 
     console = Console()
-    save_history = use_history(console)
-    try:
-        Terminal(session, console).run(name)
-    finally:
-        save_history()
+    commands = {command: effect for command, (_, effect) in HELP.items()}
+    Terminal(session, console, line_reader(console, commands)).run(name)
     return 0

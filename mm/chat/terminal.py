@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Callable
 from contextlib import closing
-from pathlib import Path
 
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
+from mm.chat.answer import AnswerView, printable
 from mm.chat.paste import media_in
 from mm.chat.session import ChatSession
 from mm.types import Kind
-
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline: a model must not steer the terminal
-HISTORY_LINES = 1000
 
 HELP: dict[str, tuple[str, str]] = {
     "image": ("FILE", "show the model an image with the next question"),
@@ -30,11 +27,10 @@ HELP: dict[str, tuple[str, str]] = {
     "help": ("", "this list"),
     "quit": ("", "leave (Ctrl-D too)"),
 }
-
-
-def printable(text: str) -> str:
-    """The text without control characters, which could move the cursor, recolour or retitle the terminal."""
-    return CONTROL.sub("", text)
+KEYS = (
+    "The path of a media file in a line attaches it. Enter sends; Alt-Enter, or a \\ at the end, begins another line. "
+    "Tab completes, the up arrow brings back, Ctrl-C stops an answer and keeps the chat."
+)
 
 
 class Terminal:
@@ -91,19 +87,19 @@ class Terminal:
         return line
 
     def _answer(self, text: str) -> None:
-        with closing(self.session.ask(text)) as answer:
+        stopped = False
+        with closing(self.session.ask(text)) as answer, AnswerView(self.console) as view:
             try:
-                with self.console.status("reading"):
-                    piece = next(answer, "")
-                while piece:
-                    self.console.print(printable(piece), end="", markup=False, highlight=False, soft_wrap=True)
-                    piece = next(answer, "")
-                self.console.print()
+                for piece in answer:
+                    view.push(piece)
             except KeyboardInterrupt:
-                self.note("\n(stopped)")
-                return
-        if self.session.last is not None and self.session.last.finish_reason == "length":
-            self.note(f"(cut after {self.session.last.tokens} tokens: --max-new-tokens)")
+                stopped = True
+        last = self.session.last
+        if stopped:
+            self.note("(stopped)")
+        elif last is not None and last.finish_reason == "length":
+            self.note(f"(cut after {last.tokens} tokens: --max-new-tokens)")
+        self.console.print()
 
     def _attach(self, kind: Kind, path: str) -> None:
         positions = self.session.attach(kind, path)
@@ -131,22 +127,29 @@ class Terminal:
                 last = self.session.last
                 self.note((last.reasoning if last else None) or "(none)")
             case "help":
-                for command, (what, effect) in HELP.items():
-                    self.note(f"/{command + ' ' + what:<16} {effect}")
-                self.note("The path of a media file in a line attaches it; a line that ends in \\ goes on in the next.")
+                self._help()
             case "quit":
                 self.open = False
+
+    def _help(self) -> None:
+        table = Table.grid(padding=(0, 2))
+        for command, (what, effect) in HELP.items():
+            table.add_row(Text(f"/{command} {what}"), Text(effect, style="dim"))
+        self.console.print(table)
+        self.note(KEYS)
 
     def _statistics(self) -> str:
         last = self.session.last
         if last is None:
             return "(no answer yet)"
-        rate = (last.tokens - 1) / (last.seconds - last.first_seconds) if last.tokens > 1 else 0.0
         known = f" ({last.kept} known from before)" if last.kept else ""
         ended = {"stop": "ended by the model", "length": "cut at the limit", None: "stopped"}[last.finish_reason]
+        rate = (
+            f", then {(last.tokens - 1) / (last.seconds - last.first_seconds):.1f} tokens/s" if last.tokens > 1 else ""
+        )
         return (
-            f"turn {self.session.turns}: prompt {last.prompt_length} positions{known}, answer {last.tokens} tokens "
-            f"({ended}); first text after {last.first_seconds:.2f} s, then {rate:.1f} tokens/s"
+            f"turn {self.session.turns}: prompt {last.prompt_length} positions{known}, answer {last.tokens} "
+            f"token{'s' * (last.tokens != 1)} ({ended}); first text after {last.first_seconds:.2f} s{rate}"
         )
 
 
@@ -154,29 +157,3 @@ def _file(command: str, argument: str) -> str:
     if not argument:
         raise ValueError(f"/{command} needs the name of a file")
     return argument.strip("'\"")
-
-
-def use_history(console: Console) -> Callable[[], None]:
-    """Line editing and the lines of earlier chats, where Python has readline; returns what saves them at the end.
-
-    They are kept in $XDG_STATE_HOME/mm/chat_history (~/.local/state by default), readable by the user alone.
-    """
-    try:
-        import readline
-    except ImportError:  # Python built without it: plain input
-        return lambda: None
-    state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
-    file = state / "mm" / "chat_history"
-    readline.set_history_length(HISTORY_LINES)
-    if file.is_file():
-        readline.read_history_file(file)
-
-    def save() -> None:
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.touch(mode=0o600)
-            readline.write_history_file(file)
-        except OSError as error:
-            console.print(f"the history was not kept: {error}", style="dim", markup=False)
-
-    return save

@@ -7,7 +7,6 @@ mm doctor runs/demo/model
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 from rich.console import Console
 
+from mm.arguments import Parser
 from mm.checkpoint import verify
 from mm.datasets.manifest import MANIFEST, UNFINISHED
 from mm.datasets.shard_reader import ShardDataset
@@ -51,13 +51,25 @@ class Report:
 
 def main(argv: Sequence[str]) -> int:
     """Prints what it finds, or JSON. Raises ValueError for an argument that is none of the three."""
-    parser = argparse.ArgumentParser(
-        prog="mm doctor", description="Checks data, a config or a checkpoint, and the machine."
+    parser = Parser(
+        "mm doctor",
+        "Check data, a config or a checkpoint, and the machine, before training. The exit status says whether to "
+        "train: 0 yes, 1 no.",
+        examples=[
+            "mm doctor runs/demo/shards/easy-vqa-train",
+            "mm doctor configs/demo/instruct.yaml --plot lengths.png",
+        ],
     )
     add = parser.add_argument
     add("what", type=Path, metavar="DATA|CONFIG|CHECKPOINT", help="folder of shards, YAML, model folder or .ckpt file")
-    add("--samples", type=int, default=3, metavar="N", help="samples of every shard, or set, to decode (%(default)s)")
-    add("--seed", type=int, default=0, help="of the choice of samples (%(default)s)")
+    add(
+        "--samples",
+        type=int,
+        default=3,
+        metavar="N",
+        help="samples of every shard, or set, to decode (%(default)s)",
+    )
+    add("--seed", type=int, default=0, metavar="S", help="of the choice of samples (%(default)s)")
     add("--plot", metavar="FILE", help="the histograms as a picture (.png, .svg, .pdf)")
     add("--json", action="store_true", help="print JSON")
     options = parser.parse_args(argv)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from mm.arguments import Parser
 from mm.evaluation import results
 from mm.evaluation.records import Record
 from mm.evaluation.statistics import Paired, paired
@@ -35,7 +35,11 @@ class Comparison:
 
 def main(argv: Sequence[str]) -> int:
     """Prints the comparison. Raises ValueError naming what cannot be compared."""
-    parser = argparse.ArgumentParser(prog="mm compare", description="Compare two runs on the same benchmarks.")
+    parser = Parser(
+        "mm compare",
+        "Test whether one run's scores are better than another's, question by question, on the benchmarks of both.",
+        examples=["mm compare runs/a runs/b", "mm compare runs/a runs/b --benchmark mmmu --json"],
+    )
     parser.add_argument("a", type=Path, metavar="RUN_A", help="a run, its results folder, or one result file")
     parser.add_argument("b", type=Path, metavar="RUN_B", help="another one")
     parser.add_argument("--benchmark", action="append", metavar="NAME", help="only this one (repeatable)")

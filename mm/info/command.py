@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from mm.arguments import Parser
 from mm.info.counting import HOW_COUNTED, KEYS, Info, describe
 from mm.info.memory import BYTES, Memory
 from mm.info.source import build_meta
@@ -94,19 +94,20 @@ def _blank_zero(number: int) -> str:
 
 def main(argv: Sequence[str]) -> int:
     """Prints the table, or JSON. Raises ValueError for what cannot be counted."""
-    parser = argparse.ArgumentParser(
-        prog="mm info",
-        description="Parameters, FLOPs, cache bytes and training memory of a model, from its config alone.",
-        epilog="Keys of --json:\n" + "\n".join(f"  {key}: {what}" for key, what in KEYS.items()),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = Parser(
+        "mm info",
+        "Print parameters, FLOPs, cache bytes and training memory of a model, from its config: no weights are read.",
+        notes="keys of --json:\n" + "\n".join(f"  {key}: {what}" for key, what in KEYS.items()),
+        examples=["mm info runs/demo/model", "mm info configs/decoder/deepseek_v3.yaml --context 131072 --json"],
     )
+    precisions = f"of training: {', '.join(BYTES)} (%(default)s)"
     what = "a YAML config, a model directory, or a published config.json"
     parser.add_argument("model", type=Path, metavar="CONFIG|MODEL_DIR", help=what)
     parser.add_argument("--context", type=int, default=4096, metavar="N", help="tokens already seen (default: 4096)")
     parser.add_argument("--cache-bytes", type=int, default=2, metavar="N", help="bytes of a cached number (default: 2)")
     parser.add_argument("--vocab-size", type=int, metavar="N", help="count with this vocabulary, not the tokenizer's")
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="rows of a training step (default: 1)")
-    parser.add_argument("--precision", choices=list(BYTES), default="bf16-mixed", help="of training (%(default)s)")
+    parser.add_argument("--precision", choices=list(BYTES), default="bf16-mixed", metavar="P", help=precisions)
     parser.add_argument("--json", action="store_true", help="print JSON, exact numbers")
     options = parser.parse_args(argv)
     model = build_meta(options.model, options.vocab_size)

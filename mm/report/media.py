@@ -52,7 +52,7 @@ def embed(path: Path) -> Embedded:
         media = Media(kind, path, path.name)
         if kind == "image":
             return _image(decode_image(media))
-        uri = _data_uri(path.read_bytes(), SUFFIXES[kind][suffix]) if path.stat().st_size <= MAX_BYTES else None
+        uri = data_uri(path.read_bytes(), SUFFIXES[kind][suffix]) if path.stat().st_size <= MAX_BYTES else None
         note = None if uri else f"{path.name} ({path.stat().st_size / 1e6:.1f} MB) is too large to play here"
         if kind == "audio":
             return Embedded(kind, uri, _outline(decode_audio(media)), note=note)
@@ -67,7 +67,7 @@ def _image(pixels: Tensor) -> Embedded:
     image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
     tiny = max(image.size) <= MAX_SIDE // 2
     image.thumbnail((MAX_SIDE, MAX_SIDE))
-    return Embedded("image", _encoded(image), tiny=tiny)
+    return Embedded("image", encoded(image), tiny=tiny)
 
 
 def _film_strip(clip: VideoClip) -> tuple[str, bool]:
@@ -78,7 +78,7 @@ def _film_strip(clip: VideoClip) -> tuple[str, bool]:
     frames = F.pad(frames, (0, gap), value=255)  # a white bar right of each frame
     strip = Image.fromarray(frames.permute(2, 0, 3, 1).flatten(1, 2)[:, :-gap].numpy())
     strip.thumbnail((2 * MAX_SIDE, MAX_SIDE))
-    return _encoded(strip), tiny
+    return encoded(strip), tiny
 
 
 def _outline(sound: Waveform) -> Markup:
@@ -88,16 +88,16 @@ def _outline(sound: Waveform) -> Markup:
     return plots.wave([peak / loudest for peak in peaks], label=f"sound of {len(mono) / sound.rate:.1f} s")
 
 
-def _encoded(image: Image.Image) -> str:
-    """PNG where it is small (drawings), JPEG otherwise (photographs)."""
+def encoded(image: Image.Image) -> str:
+    """As a data URI: PNG where it is small (drawings), JPEG otherwise (photographs)."""
     choices = []
     for form, mime, options in (("PNG", "image/png", {"optimize": True}), ("JPEG", "image/jpeg", {"quality": 85})):
         buffer = io.BytesIO()
         image.save(buffer, form, **options)
         choices.append((buffer.getvalue(), mime))
     png, jpeg = choices
-    return _data_uri(*(png if len(png[0]) <= max(8_000, len(jpeg[0])) else jpeg))
+    return data_uri(*(png if len(png[0]) <= max(8_000, len(jpeg[0])) else jpeg))
 
 
-def _data_uri(data: bytes, mime: str) -> str:
+def data_uri(data: bytes, mime: str) -> str:
     return f"data:{mime};base64,{base64.b64encode(data).decode('ascii')}"

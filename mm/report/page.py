@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import platform
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 import mm
+from mm.arguments import Parser
 from mm.info import count
 from mm.report import plots
 from mm.report.evaluation import score_charts
@@ -22,6 +22,7 @@ from mm.report.media import Embedded, embed
 from mm.report.run import Benchmark, Curve, Prediction, Run, Stage, flatten, read_run
 from mm.types import MODALITIES
 
+STYLE = Path(__file__).with_name("style.css")
 GALLERY = 12  # samples shown of each benchmark, a third of them wrong ones if there are that many
 RECENT = 0.2  # the share of a stage's routing lines, from its end, that the heat maps sum
 
@@ -68,7 +69,11 @@ class Card:
 
 def main(argv: Sequence[str]) -> int:
     """Writes the page and says where. Raises ValueError if the directory is not a run."""
-    parser = argparse.ArgumentParser(prog="mm report", description="Make a run's self-contained report page.")
+    parser = Parser(
+        "mm report",
+        "Make a run's page: one HTML file that needs nothing beside it, with losses, routing, scores and samples.",
+        examples=["mm report runs/demo"],
+    )
     parser.add_argument("run", type=Path, metavar="RUN_DIR", help="a run directory, such as runs/demo")
     parser.add_argument("--out", type=Path, metavar="FILE", help="where to write it (default: RUN_DIR/report.html)")
     options = parser.parse_args(argv)
@@ -97,7 +102,7 @@ def render(run: Run) -> str:
     return environment.get_template("page.html").render(
         run=run,
         title=run.directory.resolve().name,
-        style=Markup((folder / "style.css").read_text(encoding="utf-8")),
+        style=Markup(STYLE.read_text(encoding="utf-8")),
         version=mm.__version__,
         python=platform.python_version(),
         versions=run.manifest.get("versions") or run.summary.get("versions") or {},

@@ -169,7 +169,7 @@ def test_a_reader_that_has_seen_enough_is_no_error():
 
 @pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs a pseudo-terminal")
 def test_a_real_terminal(tmp_path, model_dir):
-    """Typed at a pseudo-terminal: readline, a question, Ctrl-C in a long answer, a second question, Ctrl-D."""
+    """Typed at a pseudo-terminal: a question, Ctrl-C in a long answer, a second question, Ctrl-D."""
     import pty
 
     code = (
@@ -186,7 +186,8 @@ def test_a_real_terminal(tmp_path, model_dir):
     )
     process, terminal = pty.fork()
     if process == 0:
-        environment = {**os.environ, "XDG_STATE_HOME": str(tmp_path / "state"), "TERM": "xterm", "COLUMNS": "80"}
+        environment = {**os.environ, "XDG_STATE_HOME": str(tmp_path / "state"), "TERM": "xterm"}
+        environment |= {"PROMPT_TOOLKIT_NO_CPR": "1"}  # nothing here answers where the cursor is
         os.execve(sys.executable, [sys.executable, "-c", code], environment)
     seen = ""
 
