@@ -44,6 +44,7 @@ ALLOWED: dict[str, set[str]] = {
     "mm.training": RUNS,
     "mm.evaluation": RUNS,
     "mm.chat": RUNS,
+    "mm.serve": RUNS | {"mm.evaluation.sandbox"},
     "mm.report": RUNS,
     "mm.doctor": RUNS | {"mm.training"},
     "mm.validate": RUNS | {"mm.training", "mm.evaluation"},
