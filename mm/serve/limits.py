@@ -71,7 +71,7 @@ class MediaLimits:
     hosts: tuple[str, ...] = ()
     redirects: int = 3
     fetch_seconds: float = 10.0  # from connecting to the last byte, redirects included
-    decode_seconds: float = 20.0
+    decode_seconds: float = 30.0
     decode_memory: int = 2**30
     result_bytes: int = 2**27
 

@@ -160,13 +160,14 @@ class _Nursery:
     def __init__(self, tokenizers: Mapping[Any, Any], limits: MediaLimits) -> None:
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         environment = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
+        path = os.pathsep.join(os.path.abspath(path) for path in sys.path)  # "" is the working folder
         one = {f"{library}_NUM_THREADS": "1" for library in ("OMP", "OPENBLAS", "MKL")}  # a fork keeps no other thread
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "mm.serve.nursery", str(theirs.fileno())],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
-                env=environment | one | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+                env=environment | one | {"PYTHONPATH": path, "PYTHONSAFEPATH": "1"},
                 pass_fds=(theirs.fileno(),),
                 start_new_session=True,  # an interrupt from the keyboard is the server's to handle
             )

@@ -49,7 +49,7 @@ def main() -> None:
     control = socket.socket(fileno=int(sys.argv[1]))
     tokenizers, limits = pickle.load(sys.stdin.buffer)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # children that end are forgotten
-    Image.preinit()
+    Image.init()  # all its formats, which it would else look for in each child
     torch.set_num_threads(1)
     gc.freeze()  # collecting what all children share would copy it for each
     control.send(_trial(tokenizers, limits))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import textwrap
@@ -16,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from mm.datasets.decode import decode
 from mm.datasets.processor import Processor
@@ -97,6 +99,13 @@ def test_the_declared_type_speaks_of_the_kind(decoder: MediaDecoder, kind: Kind,
 def test_what_the_model_does_not_take_is_refused(decoder: MediaDecoder) -> None:
     assert refused(decoder, "audio", sound(seconds=31)).code == "media_unsuitable"  # its tokenizer's max_seconds is 30
     assert refused(decoder, "audio", picture()).code == "unsupported_media_type"
+
+
+def test_the_largest_picture_is_taken(decoder: MediaDecoder) -> None:
+    limits = decoder.limits
+    file = io.BytesIO()
+    Image.new("RGB", (limits.image_side, limits.image_pixels // limits.image_side), "red").save(file, "JPEG")
+    assert decoder.open("image", file.getvalue()).tokens is not None
 
 
 def test_many_threads_at_once(decoder: MediaDecoder) -> None:
