@@ -294,7 +294,9 @@ def _check_length(samples: int, channels: int, rate: int, max_seconds: float, la
     if samples > max_seconds * rate:
         raise MediaTooLarge(f"{label} lasts {samples / max(1, rate):.0f} s or more, longer than {max_seconds:g} s")
     if samples * channels > MAX_VALUES:
-        raise MediaTooLarge(f"{label} has {samples * channels:,} samples in {channels} channels, more than {MAX_VALUES:,}")
+        raise MediaTooLarge(
+            f"{label} has {samples * channels:,} samples in {channels} channels, more than {MAX_VALUES:,}"
+        )
 
 
 def _cut_short(data: bytes) -> bool:
