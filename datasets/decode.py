@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from mm.datasets.video_clip import VideoClip, codec_errors, open_container
-from mm.types import Media, MediaError, Waveform
+from mm.types import Media, MediaError, MediaTooLarge, Waveform
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -137,10 +137,10 @@ def open_image(data: bytes, label: str, max_pixels: int) -> Iterator[Image.Image
         except UnidentifiedImageError as error:
             raise MediaError(f"{label} is not an image that can be read ({', '.join(FORMATS)})") from error
         except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-            raise MediaError(f"{label} has more pixels than Pillow opens ({Image.MAX_IMAGE_PIXELS:,})") from error
+            raise MediaTooLarge(f"{label} has more pixels than Pillow opens ({Image.MAX_IMAGE_PIXELS:,})") from error
         with image:
             if image.width * image.height > max_pixels:
-                raise MediaError(f"{label} has {image.width} x {image.height} pixels, more than {max_pixels:,}")
+                raise MediaTooLarge(f"{label} has {image.width} x {image.height} pixels, more than {max_pixels:,}")
             yield image
 
 
@@ -292,9 +292,11 @@ def _blocks(file: SoundFile) -> np.ndarray:
 
 def _check_length(samples: int, channels: int, rate: int, max_seconds: float, label: str) -> None:
     if samples > max_seconds * rate:
-        raise MediaError(f"{label} lasts {samples / max(1, rate):.0f} s or more, longer than {max_seconds:g} s")
+        raise MediaTooLarge(f"{label} lasts {samples / max(1, rate):.0f} s or more, longer than {max_seconds:g} s")
     if samples * channels > MAX_VALUES:
-        raise MediaError(f"{label} has {samples * channels:,} samples in {channels} channels, more than {MAX_VALUES:,}")
+        raise MediaTooLarge(
+            f"{label} has {samples * channels:,} samples in {channels} channels, more than {MAX_VALUES:,}"
+        )
 
 
 def _cut_short(data: bytes) -> bool:

@@ -129,7 +129,7 @@ class Processor:
         media = [
             EncodedMedia(
                 slot.kind,
-                self.specs[slot.kind].tokenizer(decoded[slot.media]),
+                self._tokens(slot, decoded),
                 slot.column,
                 slot_length,
                 f"{sample.key}: {sample.media[slot.media].name}",
@@ -140,7 +140,7 @@ class Processor:
         return Encoded(sample, elements.ids, elements.labels, elements.branch_ids, media, length, dropped, fits, opened)
 
     def _decode(self, sample: Sample, slots: list[Slot]) -> dict[int, Any]:
-        """Index -> decoded media, each item once however many slots show it."""
+        """Index -> decoded media, each item once however many slots show it; or its tokens, if it brought them."""
         for slot in slots:
             if slot.kind not in self.specs:
                 raise NoTower(
@@ -150,13 +150,22 @@ class Processor:
         return {index: self._decode_one(sample.media[index]) for index in dict.fromkeys(slot.media for slot in slots)}
 
     def _decode_one(self, media: Media) -> Any:
+        if media.tokens is not None:
+            return media.tokens
         tokenizer: Any = self.specs[media.kind].tokenizer
         resizer: Resizer | None = tokenizer if hasattr(tokenizer, "resize") else None
         return decode(media, resizer=resizer)
 
     def _slot_length(self, slot: Slot, decoded: dict[int, Any]) -> int:
-        spec = self.specs[slot.kind]
-        return spec.slot_length(spec.tokenizer.measure(decoded[slot.media]))
+        spec, item = self.specs[slot.kind], decoded[slot.media]
+        if isinstance(item, Tokens):
+            t, h, w = item.grid.tolist()
+            return spec.slot_length((t, h, w))
+        return spec.slot_length(spec.tokenizer.measure(item))
+
+    def _tokens(self, slot: Slot, decoded: dict[int, Any]) -> Tokens:
+        item = decoded[slot.media]
+        return item if isinstance(item, Tokens) else self.specs[slot.kind].tokenizer(item)
 
 
 def _length(elements: Elements, slot_lengths: list[int]) -> int:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mm.types import MediaError
+from mm.types import MediaError, MediaTooLarge
 
 if TYPE_CHECKING:
     from av.container import InputContainer
@@ -91,7 +91,7 @@ class VideoClip:
                 continue
             height, width = stream.codec_context.height, stream.codec_context.width
             if height * width > max_pixels:
-                raise MediaError(f"{self._label} has frames of {width} x {height} pixels, more than {max_pixels:,}")
+                raise MediaTooLarge(f"{self._label} has frames of {width} x {height} pixels, more than {max_pixels:,}")
             stream.codec_context.thread_count = 1  # loader workers are the parallelism
             return stream
         raise MediaError(f"{self._label} has no frames: it has no video track")
@@ -110,7 +110,7 @@ class VideoClip:
             stamp, decoding = _stamps(packet)
             decoded.append(decoding)
             if len(decoded) > MAX_FRAMES:
-                raise MediaError(f"{self._label} has more than {MAX_FRAMES:,} frames; cut it into pieces")
+                raise MediaTooLarge(f"{self._label} has more than {MAX_FRAMES:,} frames; cut it into pieces")
             stamped &= packet.pts is not None
             if packet.is_keyframe:
                 self._keys.append((stamp, decoding))
@@ -132,7 +132,7 @@ class VideoClip:
         length = self._stamps[-1] - self._stamps[0]
         self.duration = (length + (shown[-1][1] or length / max(1, len(shown) - 1))) * unit
         if not 0 <= self.duration <= MAX_SECONDS:
-            raise MediaError(f"{self._label} lasts {self.duration:.0f} s, more than {MAX_SECONDS:g}; cut it up")
+            raise MediaTooLarge(f"{self._label} lasts {self.duration:.0f} s, more than {MAX_SECONDS:g}; cut it up")
 
     def _decode(self, stamp: int) -> VideoFrame:
         """The frame shown at `stamp`: decoded from where decoding stands, or from the keyframe before it."""

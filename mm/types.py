@@ -33,13 +33,22 @@ class MediaError(ValueError):
     """A media file that cannot be used: the message names the file and says why (empty, truncated, wrong type, ...)."""
 
 
+class MediaTooLarge(MediaError):
+    """Whole, as far as is known, but beyond a limit on its pixels, frames, samples or seconds."""
+
+
 @dataclass(frozen=True)
 class Media:
-    """One media item as it came: `data` holds the file's bytes or its path; `name` is what messages call it."""
+    """One media item as it came: `data` holds the file's bytes or its path; `name` is what messages call it.
+
+    Where another process has decoded the file already, `tokens` holds what the model's tokenizer made of it, and `data`
+    nothing: the bytes of a stranger then have no way into this one.
+    """
 
     kind: Kind
     data: bytes | Path
     name: str
+    tokens: Tokens | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,7 @@ ALLOWED: dict[str, set[str]] = {
     "mm.training": RUNS,
     "mm.evaluation": RUNS,
     "mm.chat": RUNS,
+    "mm.serve": RUNS | {"mm.evaluation.sandbox"},
     "mm.report": RUNS,
     "mm.explain": RUNS | {"mm.report"},
     "mm.doctor": RUNS | {"mm.training"},

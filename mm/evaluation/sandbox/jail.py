@@ -89,7 +89,7 @@ def main() -> None:
     try:
         libc = ctypes.CDLL(None, use_errno=True)
         code = compile(program, "<generated>", "exec")
-        shut_in(libc, memory, file_bytes, seconds)
+        shut_in(libc, memory, file_bytes, seconds, os.getcwd())
     except Uncontained as error:
         os.write(report, f"+cannot contain: {error}".encode())
         return
@@ -109,7 +109,8 @@ def _run(code: object, secret: str) -> str:
     return secret
 
 
-def shut_in(libc: ctypes.CDLL, memory: int, file_bytes: int, seconds: int) -> None:
+def shut_in(libc: ctypes.CDLL, memory: int, file_bytes: int, seconds: int, folder: str | None) -> None:
+    """From here on this process can use that much, write in `folder` (None: nowhere), and reach nothing else."""
     machine = platform.machine()
     if sys.platform != "linux" or machine not in _MACHINES:
         raise Uncontained(f"needs Linux on {' or '.join(_MACHINES)}, this is {sys.platform} on {machine}")
@@ -125,7 +126,7 @@ def shut_in(libc: ctypes.CDLL, memory: int, file_bytes: int, seconds: int) -> No
     _prctl(libc, PR_SET_PDEATHSIG, SIGKILL)  # should the parent be killed, nobody else would stop this process
     _prctl(libc, PR_SET_NO_NEW_PRIVS, 1)
     _prctl(libc, PR_SET_DUMPABLE, 0)
-    _landlock(libc)
+    _landlock(libc, folder)
     _seccomp(libc, machine)
 
 
@@ -134,8 +135,8 @@ def _prctl(libc: ctypes.CDLL, option: int, value: int) -> None:
         raise Uncontained(f"prctl {option}: {os.strerror(ctypes.get_errno())}")
 
 
-def _landlock(libc: ctypes.CDLL) -> None:
-    """Files: Python's may be read, the working folder written; no other path can be opened, listed, made or removed."""
+def _landlock(libc: ctypes.CDLL, folder: str | None) -> None:
+    """Files: Python's may be read, the given folder written; no other path can be opened, listed, made or removed."""
     version = libc.syscall(_CREATE, None, 0, 1)
     if version < 1:
         raise Uncontained("this kernel has no Landlock (Linux 5.13, CONFIG_SECURITY_LANDLOCK)")
@@ -149,7 +150,9 @@ def _landlock(libc: ctypes.CDLL) -> None:
         raise Uncontained(f"landlock_create_ruleset: {os.strerror(ctypes.get_errno())}")
     readable = {*_READABLE, sys.prefix, sys.base_prefix, sys.exec_prefix, os.path.realpath(sys.base_prefix)}
     rights = [(path, _FS_READ | _FS_READ_DIR | _FS_EXECUTE) for path in readable if os.path.exists(path)]
-    for path, allowed in [*rights, (os.getcwd(), handled & ~(1 << 15) & ~_FS_EXECUTE), ("/dev/null", _FS_WRITE)]:
+    if folder is not None:
+        rights.append((folder, handled & ~(1 << 15) & ~_FS_EXECUTE))
+    for path, allowed in [*rights, ("/dev/null", _FS_WRITE)]:
         if not os.path.isdir(path):
             allowed &= _FS_EXECUTE | _FS_WRITE | _FS_READ
         descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)
