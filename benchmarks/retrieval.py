@@ -153,19 +153,15 @@ def show(result: dict[str, Any]) -> None:
     rows = result["answers"]
     if not rows:
         return
-    mean = {name: sum(row[f"{name}_supported"] for row in rows) / len(rows) for name in ("alone", "documents")}
-    print(
-        f"\n{len(rows)} answers: {mean['alone']:.2f} supported alone, {mean['documents']:.2f} with documents;", end=" "
-    )
-    by = {way: sum(row["by"] == way for row in rows) for way in ("marks", "words", "none")}
-    print(
-        f"{sum(row['cites_article'] for row in rows)} cite the article ({by['marks']} name a source by a mark,", end=" "
-    )
-    print(f"{by['words']} by words, {by['none']} none)")
+    alone, documents = (sum(row[f"{name}_supported"] for row in rows) / len(rows) for name in ("alone", "documents"))
+    cited = sum(row["cites_article"] for row in rows)
+    by = [str(sum(row["by"] == way for row in rows)) for way in ("marks", "words", "none")]
+    print("\n| answers | supported, alone | supported, with documents | cite the article | by marks / words / none |")
+    print("| --- | --- | --- | --- | --- |")
+    print(f"| {len(rows)} | {alone:.2f} | {documents:.2f} | {cited} | {' / '.join(by)} |")
     best = max(rows, key=lambda row: (row["cites_article"], row["documents_supported"] - row["alone_supported"]))
-    print(
-        f"\n{best['question']}\n\nalone:\n{best['alone']}\n\nfrom the index:\n{best['documents']}\n\n{best['footer']}"
-    )
+    for name in ("question", "alone", "documents", "footer"):
+        print(f"\n{name}: {best[name]}")
 
 
 def main() -> int:

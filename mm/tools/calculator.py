@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import math
 import operator
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ LONGEST = 1_000  # characters of an expression
 DEEPEST = 50  # levels of its tree
 DIGITS = 1_000  # of a whole number, at any step
 Number = int | float
+_GLUED = re.compile(r"\d(?:and|else|for|if|in|is|not|or)")  # "1if": Python's parser warns of it on stderr
 
 _BINARY: dict[type[ast.operator], Callable[[Any, Any], Number]] = {
     ast.Add: operator.add,
@@ -58,6 +60,8 @@ def evaluate(expression: str) -> Number:
     """As `calculate`, as a number."""
     text = expression.strip().rstrip("=").strip().replace("\u00d7", "*").replace("\u00f7", "/").replace("\u2212", "-")
     text = text.replace("^", "**")
+    if _GLUED.search(text):
+        raise ValueError(f"calculator: {text[:80]!r} is not an expression: a number runs into a word")
     if not text:
         raise ValueError("calculator: the expression is empty")
     if len(text) > LONGEST:
