@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from mm.generation.testing import ScriptedModel
@@ -17,8 +19,6 @@ from mm.types import Sample
 
 
 def call(name: str, **arguments: str) -> str:
-    import json
-
     return f"<tool_call>{json.dumps({'name': name, 'arguments': arguments})}</tool_call>"
 
 

@@ -13,7 +13,7 @@ import mm
 from mm.cli import main
 from mm.model import MultimodalModel
 from mm.testing import tiny_model
-from mm.tools.embeddings import TextEmbedder
+from mm.tools.embeddings import EmbeddingKind, TextEmbedder
 from mm.tools.index import Index
 
 LONG = "what color is the shape? " * 40
@@ -45,7 +45,8 @@ def test_words_alone_need_no_model(source: Path, tmp_path: Path, capsys) -> None
 
 
 def test_with_a_model_tokens_are_counted_and_there_are_vectors(model, source: Path, tmp_path: Path) -> None:
-    for embed, dim in (("tower", 8), ("mean", 32)):
+    kinds: tuple[tuple[EmbeddingKind, int], ...] = (("tower", 8), ("mean", 32))
+    for embed, dim in kinds:
         out = tmp_path / embed
         arguments = ["index", str(source), "--out", str(out), "--model", "M", "--embed", embed, "--device", "cpu"]
         assert main([*arguments, "--chunk", "64", "--overlap", "8"]) == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -200,8 +201,6 @@ def test_labels_that_teach_nothing_are_named(text_model, tmp_path: Path, capsys,
     file = tmp_path / "data.jsonl"
     file.write_text(json.dumps(line) + "\n")
     assert main(["probe", "MODEL", "--data", str(file), "--out", str(tmp_path / "p.safetensors")]) == 2
-    import re
-
     assert re.search(message, capsys.readouterr().err)
 
 
