@@ -99,6 +99,8 @@ class Terminal:
             except KeyboardInterrupt:
                 self.note("\n(stopped)")
                 return
+        if self.session.sources:
+            self.note(self.session.sources)
         if self.session.last is not None and self.session.last.finish_reason == "length":
             self.note(f"(cut after {self.session.last.tokens} tokens: --max-new-tokens)")
 

@@ -14,6 +14,7 @@ import numpy as np
 
 VECTORS, CENTRE = "vectors.faiss", "centre.npy"
 CHECK = "How far is it from the Earth to the Moon?"  # embedded when an index is made and when it is opened
+OTHER = "open it with the one that made it, or make an index by words: mm index without --model"
 SAME = 0.99  # cosine of the two: less precision and other devices stay above it, another model does not
 
 
@@ -70,7 +71,7 @@ class Dense:
         check = embed([CHECK])[0]
         same = embed.kind == kind and check.shape == centre[1].shape
         if not same or float(_unit(check[None])[0] @ _unit(centre[1:])[0]) < SAME:
-            raise ValueError(f"{folder}: its vectors ({kind}) are of another model; open it with the one that made it")
+            raise ValueError(f"{folder}: its vectors ({kind}) are of another model; {OTHER}")
         return Dense(index, centre, embed)
 
 

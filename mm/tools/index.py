@@ -180,11 +180,21 @@ def _write(
     }
 
 
-def _verified(folder: Path) -> dict[str, Any]:
+def embedding_of(folder: Path) -> str | None:
+    """How the vectors of an index were made; None where it has none. Raises ValueError for what is no index."""
+    vectors = _manifest(folder)["vectors"]
+    return None if vectors is None else vectors["kind"]
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.is_file():
         raise ValueError(f"{folder}: no {MANIFEST}, so no finished index; make one: mm index SOURCE --out {folder}")
-    manifest = unseal(path.read_bytes(), str(path), (FORMAT,), MEND)
+    return unseal(path.read_bytes(), str(path), (FORMAT,), MEND)
+
+
+def _verified(folder: Path) -> dict[str, Any]:
+    manifest = _manifest(folder)
     for name, digest in manifest["sha256"].items():
         if Path(name).name != name or not (folder / name).is_file():
             raise ValueError(f"{folder / name}: missing; {MEND}")
