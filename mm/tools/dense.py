@@ -35,13 +35,11 @@ class Dense:
     @staticmethod
     def of(vectors: np.ndarray, embed: Embed) -> Dense:
         """From (n, D) float32 vectors. Raises ValueError for vectors that are not finite."""
-        import faiss
-
         if not np.isfinite(vectors).all():
             item = int(np.flatnonzero(~np.isfinite(vectors).all(1))[0])
             raise ValueError(f"the embedding of chunk {item} is not finite; the model's weights are damaged")
         centre = np.stack([vectors.mean(0), embed([CHECK])[0]]).astype(np.float32)
-        index: Any = faiss.IndexFlatIP(vectors.shape[1])
+        index: Any = _faiss().IndexFlatIP(vectors.shape[1])
         index.add(_unit(vectors - centre[0]))
         return Dense(index, centre, embed)
 
@@ -53,18 +51,14 @@ class Dense:
 
     def save(self, folder: Path) -> list[str]:
         """Writes the index; returns the names of its files."""
-        import faiss
-
-        faiss.write_index(self._index, str(folder / VECTORS))
+        _faiss().write_index(self._index, str(folder / VECTORS))
         np.save(folder / CENTRE, self._centre, allow_pickle=False)
         return [VECTORS, CENTRE]
 
     @staticmethod
     def load(folder: Path, count: int, kind: str, embed: Embed) -> Dense:
         """Raises ValueError where `embed` is not what made the vectors."""
-        import faiss
-
-        index: Any = faiss.read_index(str(folder / VECTORS))
+        index: Any = _faiss().read_index(str(folder / VECTORS))
         centre = np.load(folder / CENTRE, allow_pickle=False)
         if index.ntotal != count or centre.shape != (2, index.d):
             raise ValueError(f"{folder}: {index.ntotal} vectors of {index.d} for {count} chunks; build the index again")
@@ -79,3 +73,11 @@ def _unit(vectors: np.ndarray) -> np.ndarray:
     """(n, D) float32 of length 1 (of length 0 where they were)."""
     length = np.linalg.norm(vectors, axis=1, keepdims=True)
     return np.ascontiguousarray(vectors / np.maximum(length, 1e-12), dtype=np.float32)
+
+
+def _faiss() -> Any:
+    try:
+        import faiss
+    except ImportError as error:
+        raise ValueError("an index with vectors needs the package faiss-cpu: pip install 'mm[retrieval]'") from error
+    return faiss

@@ -40,10 +40,8 @@ class Lexical:
 
     @staticmethod
     def of(texts: Iterable[str]) -> Lexical:
-        import bm25s
-
         corpus = [fold(text) or [""] for text in texts]  # bm25s takes no document without words
-        index = bm25s.BM25(k1=1.5, b=0.75, method="lucene")
+        index = _bm25s().BM25(k1=1.5, b=0.75, method="lucene")
         index.index(corpus, show_progress=False)
         return Lexical(index, len(corpus))
 
@@ -64,6 +62,12 @@ class Lexical:
 
     @staticmethod
     def load(folder: Path, count: int) -> Lexical:
-        import bm25s
+        return Lexical(_bm25s().BM25.load(folder, load_corpus=False), count)
 
-        return Lexical(bm25s.BM25.load(folder, load_corpus=False), count)
+
+def _bm25s() -> Any:
+    try:
+        import bm25s
+    except ImportError as error:
+        raise ValueError("an index needs the package bm25s: pip install 'mm[retrieval]'") from error
+    return bm25s

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -164,3 +165,10 @@ def test_a_manifest_names_no_file_elsewhere(folder: Path) -> None:
     write_manifest(folder, {**manifest, "self_sha256": "0" * 64})
     with pytest.raises(ValueError, match="missing"):
         Index.load(folder)
+
+
+@pytest.mark.parametrize(("package", "embeds"), [("bm25s", False), ("faiss", True)])
+def test_a_missing_package_is_named(tmp_path: Path, documents, letters, monkeypatch, package: str, embeds) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ValueError, match=r"pip install 'mm\[retrieval\]'"):
+        build(documents, tmp_path / "index", embed=letters if embeds else None)
