@@ -39,7 +39,7 @@ class Dense:
             item = int(np.flatnonzero(~np.isfinite(vectors).all(1))[0])
             raise ValueError(f"the embedding of chunk {item} is not finite; the model's weights are damaged")
         centre = np.stack([vectors.mean(0), embed([CHECK])[0]]).astype(np.float32)
-        index: Any = _faiss().IndexFlatIP(vectors.shape[1])
+        index: Any = faiss_package().IndexFlatIP(vectors.shape[1])
         index.add(_unit(vectors - centre[0]))
         return Dense(index, centre, embed)
 
@@ -51,14 +51,14 @@ class Dense:
 
     def save(self, folder: Path) -> list[str]:
         """Writes the index; returns the names of its files."""
-        _faiss().write_index(self._index, str(folder / VECTORS))
+        faiss_package().write_index(self._index, str(folder / VECTORS))
         np.save(folder / CENTRE, self._centre, allow_pickle=False)
         return [VECTORS, CENTRE]
 
     @staticmethod
     def load(folder: Path, count: int, kind: str, embed: Embed) -> Dense:
         """Raises ValueError where `embed` is not what made the vectors."""
-        index: Any = _faiss().read_index(str(folder / VECTORS))
+        index: Any = faiss_package().read_index(str(folder / VECTORS))
         centre = np.load(folder / CENTRE, allow_pickle=False)
         if index.ntotal != count or centre.shape != (2, index.d):
             raise ValueError(f"{folder}: {index.ntotal} vectors of {index.d} for {count} chunks; build the index again")
@@ -75,7 +75,8 @@ def _unit(vectors: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(vectors / np.maximum(length, 1e-12), dtype=np.float32)
 
 
-def _faiss() -> Any:
+def faiss_package() -> Any:
+    """The package, or a ValueError that says how to install it."""
     try:
         import faiss
     except ImportError as error:

@@ -14,7 +14,6 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,8 +24,8 @@ from mm.datasets.manifest import MANIFEST, unseal, write_manifest
 from mm.datasets.shard_format import sync_folder, write_file
 from mm.datasets.source import sha256_file
 from mm.tools.chunks import Chunk, Document, Spans, check_sizes, cut, words
-from mm.tools.dense import Dense, Embed
-from mm.tools.lexical import Lexical
+from mm.tools.dense import Dense, Embed, faiss_package
+from mm.tools.lexical import Lexical, bm25s_package
 
 FORMAT = "mm-index-1"
 CHUNKS, LINES = "chunks.jsonl", "lines.npy"
@@ -122,6 +121,7 @@ def build(
     document has a word.
     """
     check_sizes(size, overlap)
+    packages = {"bm25s": bm25s_package()} | ({} if embed is None else {"faiss": faiss_package()})
     folder = Path(folder)
     if folder.exists():
         raise ValueError(f"{folder}: there is something already; give another directory, or remove it")
@@ -131,8 +131,7 @@ def build(
     try:
         about: dict[str, Any] = {"format": FORMAT, "size": size, "overlap": overlap, **(settings or {})}
         about |= _write(unfinished, (cut(document, spans, size, overlap) for document in documents), embed, progress)
-        packages = ("bm25s", *(() if embed is None else ("faiss-cpu",)))
-        about["versions"] = {"mm": mm.__version__, **{name: version(name) for name in packages}}
+        about["versions"] = {"mm": mm.__version__, **{name: str(p.__version__) for name, p in packages.items()}}
         manifest = write_manifest(unfinished, about)
         unfinished.rename(folder)
         sync_folder(folder.parent)

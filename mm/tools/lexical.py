@@ -41,7 +41,7 @@ class Lexical:
     @staticmethod
     def of(texts: Iterable[str]) -> Lexical:
         corpus = [fold(text) or [""] for text in texts]  # bm25s takes no document without words
-        index = _bm25s().BM25(k1=1.5, b=0.75, method="lucene")
+        index = bm25s_package().BM25(k1=1.5, b=0.75, method="lucene")
         index.index(corpus, show_progress=False)
         return Lexical(index, len(corpus))
 
@@ -62,10 +62,11 @@ class Lexical:
 
     @staticmethod
     def load(folder: Path, count: int) -> Lexical:
-        return Lexical(_bm25s().BM25.load(folder, load_corpus=False), count)
+        return Lexical(bm25s_package().BM25.load(folder, load_corpus=False), count)
 
 
-def _bm25s() -> Any:
+def bm25s_package() -> Any:
+    """The package, or a ValueError that says how to install it."""
     try:
         import bm25s
     except ImportError as error:
