@@ -74,7 +74,7 @@ def cite(answer: str, hits: Sequence[Hit]) -> Cited:
 
 def _by_words(answer: str, hits: Sequence[Hit]) -> int | None:
     """The hit with the most of the answer's words, those that few hits have counting more."""
-    said = set(fold(MARK.sub(" ", answer))) - QUESTION
+    said = {word for word in fold(MARK.sub(" ", answer)) if len(word) > 1} - QUESTION  # letters of formulas say little
     texts = [set(fold(hit.chunk.indexed)) for hit in hits]
     shared = [said & text for text in texts]
     weight = {word: 1 / sum(word in text for text in texts) for word in set().union(*shared)}

@@ -58,3 +58,8 @@ def test_an_answer_from_elsewhere_has_no_source(index: Index, answer: str) -> No
     cited = cite(answer, index.search("heron", 3))
     assert (cited.by, cited.sources) == ("none", [])
     assert cited.footer == "Sources: none of the documents found"
+
+
+def test_letters_of_a_formula_do_not_hide_the_source(index: Index) -> None:
+    cited = cite("A kiln is an oven: e = m + c + 1 - 0.", index.search("kiln heron", 2))
+    assert [hit.chunk.title for _, hit in cited.sources] == ["Kiln"]
