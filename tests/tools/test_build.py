@@ -97,3 +97,13 @@ def test_mistakes(source: Path, tmp_path: Path, capsys) -> None:
         assert main(arguments) == 2
         assert message in capsys.readouterr().err
     assert sorted(file.name for file in tmp_path.iterdir()) == ["notes.jsonl"]
+
+
+def test_without_a_tower_there_are_no_vectors_unless_asked_for(source: Path, tmp_path: Path, monkeypatch) -> None:
+    torch.manual_seed(0)
+    bare = tiny_model().eval()
+    monkeypatch.setattr(mm, "load", lambda path: bare, raising=False)
+    out = tmp_path / "index"
+    assert main(["index", str(source), "--out", str(out), "--model", "M"]) == 0
+    manifest = Index.load(out).manifest
+    assert (manifest["vectors"], manifest["counted"]) == (None, "tokens")
