@@ -11,18 +11,16 @@ Shape legend: `L` elements of a sample.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
-from typing import Any, Literal, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from mm.types import IGNORE, KINDS, SLOT_IDS, Sample
-
-ROLES: tuple[str, ...] = ("system", "user", "assistant")
-Message = dict[str, Any]
+from mm.datasets.chat_checks import Message, check_prompt, checked_parts, checked_reasoning, checked_role
+from mm.types import IGNORE, SLOT_IDS, Sample
 
 
 class Vocabulary(Protocol):
@@ -30,6 +28,31 @@ class Vocabulary(Protocol):
 
     def encode(self, text: str) -> list[int]: ...
     def special(self, name: str) -> int: ...
+
+
+class Written(str):
+    """Text that a model wrote, with its tokens: the same text encoded may give others, and what was computed of these
+    would be of no use. Ordinary text in every other way; no file of data can hold one. `ids` must hold no special."""
+
+    ids: tuple[int, ...]
+
+    def __new__(cls, text: str, ids: Sequence[int] = ()) -> Written:
+        self = super().__new__(cls, text)
+        self.ids = tuple(ids)
+        return self
+
+
+def text_ids(vocabulary: Vocabulary, text: str) -> list[int]:
+    """The tokens of a part's text."""
+    return list(text.ids) if isinstance(text, Written) else vocabulary.encode(text)
+
+
+def tag_ids(vocabulary: Vocabulary, tag: str) -> list[int]:
+    """The special that a tag around reasoning is, where the vocabulary has it; the tag as text otherwise."""
+    try:
+        return [vocabulary.special(tag)]
+    except ValueError:
+        return vocabulary.encode(tag)
 
 
 @dataclass(frozen=True)
@@ -107,6 +130,13 @@ class _Writer:
         if text:
             self.put(self.vocabulary.encode(text.format(role=role)))
 
+    def reasoning(self, text: str, tags: tuple[str, str]) -> None:
+        """What stands between the tags before an answer, learned with it; an empty block says that there was none, and
+        is given."""
+        opening, closing = (tag_ids(self.vocabulary, tag) for tag in tags)
+        inside, after = (self.vocabulary.encode(piece) for piece in (f"\n{text}\n", "\n\n"))
+        self.put([*opening, *inside, *closing, *after], supervised=bool(text))
+
     def open(self, role: str) -> None:
         self.role, self.start = role, len(self.ids)
         self.put([self.vocabulary.special(self.style.opening.format(role=role))])
@@ -136,6 +166,8 @@ class ChatTemplate:
     Labels stand on what the assistant says and on the special that closes its turn; everything else is IGNORE.
     """
 
+    thinking_tags: ClassVar[tuple[str, str]] = ("<think>", "</think>")  # around reasoning, as most models have them
+
     def __init__(self, style: Literal["chatml", "compact"] = "compact") -> None:
         if style not in STYLES:
             raise ValueError(f"style={style!r} is not a chat template; use one of {', '.join(STYLES)}")
@@ -150,8 +182,14 @@ class ChatTemplate:
         """The ids that end an answer."""
         return frozenset({tokenizer.special(self.end)})
 
-    def render(self, sample: Sample, tokenizer: Vocabulary, generation_prompt: bool = False) -> Elements:
+    def render(
+        self, sample: Sample, tokenizer: Vocabulary, generation_prompt: bool = False, thinking: bool | None = None
+    ) -> Elements:
         """The elements of `sample`; `generation_prompt` opens an assistant turn after the last message.
+
+        An answer's `reasoning_content` stands before it, between `thinking_tags`; once a user has spoken again, it is
+        left out. `thinking` False opens the turn with an empty block, so that the answer begins at once; here True is
+        as None: the model opens the block itself.
 
         Raises ValueError, naming the sample, for an unknown role or part, a media index without its item, and for a
         generation prompt on a sample that has branches or whose last message is already the assistant's.
@@ -159,13 +197,15 @@ class ChatTemplate:
         if generation_prompt:
             check_prompt(sample)
         writer = _Writer(tokenizer, STYLES[self.style])
-        self._write(writer, sample, sample.messages)
+        self._write(writer, sample, sample.messages, ends=not sample.branches)
         if sample.branches:
             self._write_branches(writer, sample)
         elif writer.role is not None:
             writer.close()
         if generation_prompt:
             writer.open("assistant")
+            if thinking is False:
+                writer.reasoning("", self.thinking_tags)
             writer.pause()
         return Elements(
             torch.tensor(writer.ids, dtype=torch.int64),
@@ -184,20 +224,24 @@ class ChatTemplate:
         common = writer.role
         for number, branch in enumerate(sample.branches, start=1):
             writer.branch, writer.role, writer.start = number, common, len(writer.ids)
-            self._write(writer, sample, branch)
+            self._write(writer, sample, branch, ends=True)
             if writer.role is not None:
                 writer.close()
 
-    def _write(self, writer: _Writer, sample: Sample, messages: list[Message]) -> None:
-        for message in messages:
-            role = checked_role(sample, message)
+    def _write(self, writer: _Writer, sample: Sample, messages: list[Message], ends: bool) -> None:
+        """`ends`: no other messages follow, so that the reasoning after the last question stays."""
+        questions = [place for place, message in enumerate(messages) if message.get("role") == "user"]
+        for place, message in enumerate(messages):
+            role, reasoning = checked_role(sample, message), checked_reasoning(sample, message)
             if role != writer.role:
                 if writer.role is not None:
                     writer.close()
                 writer.open(role)
+            if reasoning is not None and ends and place > max(questions, default=-1):
+                writer.reasoning(reasoning, self.thinking_tags)
             for part in checked_parts(sample, message):
                 if part["type"] == "text":
-                    writer.put(writer.vocabulary.encode(part["text"]), supervised=role == "assistant")
+                    writer.put(text_ids(writer.vocabulary, part["text"]), supervised=role == "assistant")
                 else:
                     writer.slots.append(Slot(len(writer.ids), part["type"], part["media"]))
                     writer.put([SLOT_IDS[part["type"]]])
@@ -224,48 +268,3 @@ def _without_answer(messages: list[Message]) -> list[Message]:
         kept -= len(list(group)) if role == "assistant" else 0
         break
     return messages[:kept]
-
-
-def check_prompt(sample: Sample) -> None:
-    """Raises ValueError, naming the sample, unless an answer can follow it."""
-    if sample.branches:
-        raise ValueError(f"sample {sample.key}: a generation prompt needs one chat, not branches; use single_branch()")
-    if sample.messages and sample.messages[-1].get("role") == "assistant":
-        raise ValueError(
-            f"sample {sample.key}: the last message is the assistant's, so the prompt would hold its own answer; "
-            "remove it with without_answer()"
-        )
-
-
-def checked_role(sample: Sample, message: Message) -> str:
-    """The message's role. Raises ValueError, naming the sample, for an unknown one."""
-    role = message.get("role")
-    if role not in ROLES:
-        raise ValueError(f"sample {sample.key}: role {role!r} is not one of {', '.join(ROLES)}")
-    return role
-
-
-def checked_parts(sample: Sample, message: Message) -> Iterator[Message]:
-    """The parts of a message, each checked: {"type": "text", "text": str} or {"type": kind, "media": index}."""
-    content = message.get("content")
-    if isinstance(content, str):
-        content = [{"type": "text", "text": content}]
-    if not isinstance(content, Iterable):
-        raise ValueError(f"sample {sample.key}: content {content!r} is neither text nor a list of parts")
-    for part in content:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind in KINDS:
-            _check_media(sample, part)
-        elif kind != "text" or not isinstance(part.get("text"), str):
-            raise ValueError(f"sample {sample.key}: {part!r} is not a part: give text, {', '.join(KINDS)}")
-        yield part
-
-
-def _check_media(sample: Sample, part: Message) -> None:
-    kind, index = part["type"], part.get("media")
-    if not isinstance(index, int) or not 0 <= index < len(sample.media):
-        raise ValueError(
-            f"sample {sample.key}: {kind} part names media {index!r}, but it has {len(sample.media)} items"
-        )
-    if sample.media[index].kind != kind:
-        raise ValueError(f"sample {sample.key}: {kind} part names media {index}, which is {sample.media[index].kind}")

@@ -38,6 +38,7 @@ class Encoded:
     ids, labels, branch_ids  (L,) int64, as in Batch
     length                   decoder positions after the splice
     dropped                  what was left out to fit: "branches", "turns", "media"
+    opened                   elements at the end that open the assistant's turn (of a generation prompt)
     fits                     False if `length` exceeds the processor's max_length although all that may go has gone
     """
 
@@ -49,6 +50,7 @@ class Encoded:
     length: int
     dropped: Counter[str] = field(default_factory=Counter)
     fits: bool = True
+    opened: int = 0
 
     @property
     def media_tokens(self) -> int:
@@ -103,11 +105,15 @@ class Processor:
         self.specs = dict(specs)
         self.max_length = max_length
 
-    def encode(self, sample: Sample, generation_prompt: bool = False) -> Encoded:
-        """Raises MediaError for media that cannot be read, and ValueError, naming the sample, for one that the template
+    def encode(self, sample: Sample, generation_prompt: bool = False, thinking: bool | None = None) -> Encoded:
+        """`generation_prompt` and `thinking` are those of `ChatTemplate.render`.
+
+        Raises MediaError for media that cannot be read, and ValueError, naming the sample, for one that the template
         refuses, a kind of media that the model does not take (NoTower), and a generation prompt that does not fit.
         """
-        elements = self.template.render(sample, self.tokenizer, generation_prompt)
+        elements = self.template.render(sample, self.tokenizer, generation_prompt, thinking)
+        last = elements.turns[-1] if elements.turns else None
+        opened = len(elements.ids) - last.start if generation_prompt and last is not None and not last.closed else 0
         decoded = self._decode(sample, elements.slots)
         slot_lengths = [self._slot_length(slot, decoded) for slot in elements.slots]
         dropped = Counter[str]()
@@ -131,7 +137,7 @@ class Processor:
             for slot, slot_length in zip(elements.slots, slot_lengths, strict=True)
             if fits
         ]
-        return Encoded(sample, elements.ids, elements.labels, elements.branch_ids, media, length, dropped, fits)
+        return Encoded(sample, elements.ids, elements.labels, elements.branch_ids, media, length, dropped, fits, opened)
 
     def _decode(self, sample: Sample, slots: list[Slot]) -> dict[int, Any]:
         """Index -> decoded media, each item once however many slots show it."""

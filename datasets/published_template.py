@@ -3,7 +3,8 @@
 The template writes a chat around marks that stand for the contents, and the contents take the marks' places as ids. So
 here too only structure makes specials: a content that spells one is ordinary text, encoded apart from what surrounds
 it. A template that looks into a content (to trim it, or to cut thoughts out of it) sees only its mark: contents are
-written as they are.
+written as they are. An answer's reasoning is a content of its own, `reasoning_content`, which templates of models that
+reason (Qwen3) write or leave out.
 """
 
 from __future__ import annotations
@@ -16,20 +17,13 @@ from typing import Any
 
 import torch
 
-from mm.datasets.chat_template import (
-    ChatTemplate,
-    Elements,
-    Slot,
-    Turn,
-    Vocabulary,
-    check_prompt,
-    checked_parts,
-    checked_role,
-)
+from mm.datasets.chat_checks import check_prompt, checked_parts, checked_reasoning, checked_role
+from mm.datasets.chat_template import ChatTemplate, Elements, Slot, Turn, Vocabulary, text_ids
 from mm.types import IGNORE, SLOT_IDS, Sample
 
 # Private-use characters around a number: no template and no filter changes them, and no role or special holds them.
 _OPEN, _CLOSE = "\ue0f0", "\ue0f1"
+SWITCHES = frozenset({"enable_thinking", "thinking"})  # what templates call the variable that turns reasoning on
 _MARK = re.compile(f"{_OPEN}([0-9]+){_CLOSE}")
 
 
@@ -60,11 +54,14 @@ class PublishedTemplate(ChatTemplate):
     def stop_ids(self, tokenizer: Vocabulary) -> frozenset[int]:
         return frozenset(self.stop)
 
-    def render(self, sample: Sample, tokenizer: Vocabulary, generation_prompt: bool = False) -> Elements:
-        """The elements of `sample`; `generation_prompt` opens the assistant's turn after the last message.
+    def render(
+        self, sample: Sample, tokenizer: Vocabulary, generation_prompt: bool = False, thinking: bool | None = None
+    ) -> Elements:
+        """The elements of `sample`; `generation_prompt` opens the assistant's turn after the last message. `thinking`
+        is the template's variable enable_thinking (or thinking); None leaves it at what the template takes it to be.
 
-        Raises ValueError naming the sample: no template, branches, what the template itself refuses, and what
-        ChatTemplate refuses.
+        Raises ValueError naming the sample: no template, `thinking` where it has no such variable, branches, what the
+        template itself refuses, and what ChatTemplate refuses.
         """
         if self.source is None:
             raise ValueError(
@@ -76,29 +73,46 @@ class PublishedTemplate(ChatTemplate):
         if generation_prompt:
             check_prompt(sample)
         writer = _Writer(tokenizer, self._special_pattern, frozenset(self.stop), SLOT_IDS)
-        messages = [writer.mark(checked_role(sample, m), checked_parts(sample, m)) for m in sample.messages]
-        text = self._write(sample, messages, generation_prompt)
-        writer.put(text, self._boundaries(messages, text), [m["role"] for m in messages])
+        messages = [
+            writer.mark(checked_role(sample, m), checked_parts(sample, m), checked_reasoning(sample, m))
+            for m in sample.messages
+        ]
+        variables = self.variables | self._thinking(sample, thinking)
+        text = self._write(sample, messages, generation_prompt, variables)
+        writer.put(text, self._boundaries(messages, text, variables), [m["role"] for m in messages])
         return writer.elements()
 
-    def _write(self, sample: Sample, messages: list[dict[str, str]], generation_prompt: bool) -> str:
+    def _thinking(self, sample: Sample, thinking: bool | None) -> dict[str, Any]:
+        if thinking is None:
+            return {}
+        names = SWITCHES & self._undeclared
+        if not names:
+            raise ValueError(
+                f"sample {sample.key}: thinking={thinking}, but the model's chat template has no variable that turns "
+                f"it on or off ({' or '.join(sorted(SWITCHES))}); leave it out"
+            )
+        return dict.fromkeys(names, thinking)
+
+    def _write(
+        self, sample: Sample, messages: list[dict[str, str]], generation_prompt: bool, variables: dict[str, Any]
+    ) -> str:
         from jinja2 import TemplateError
 
         try:
             return self._template.render(
-                messages=messages, add_generation_prompt=generation_prompt, **self.variables, tools=None
+                messages=messages, add_generation_prompt=generation_prompt, **variables, tools=None
             )
         except (TemplateError, TypeError, KeyError) as error:
             raise ValueError(f"sample {sample.key}: the model's chat template refuses this chat: {error}") from error
 
-    def _boundaries(self, messages: list[dict[str, str]], text: str) -> list[int]:
+    def _boundaries(self, messages: list[dict[str, str]], text: str, variables: dict[str, Any]) -> list[int]:
         """Where each message's turn ends in `text`: where the chat up to it would. 0 where that cannot be told."""
         from jinja2 import TemplateError
 
         ends = []
         for count in range(1, len(messages) + 1):
             try:
-                start = self._template.render(messages=messages[:count], add_generation_prompt=False, **self.variables)
+                start = self._template.render(messages=messages[:count], add_generation_prompt=False, **variables)
             except (TemplateError, TypeError, KeyError):  # a system message alone, for some
                 start = ""
             ends.append(len(start) if text.startswith(start) else 0)
@@ -108,6 +122,13 @@ class PublishedTemplate(ChatTemplate):
     def _special_pattern(self) -> re.Pattern[str]:
         longest_first = sorted(self.specials, key=len, reverse=True)
         return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+    @cached_property
+    def _undeclared(self) -> set[str]:
+        """The variables that the template reads."""
+        from jinja2 import meta
+
+        return meta.find_undeclared_variables(self._template.environment.parse(str(self.source)))
 
     @cached_property
     def _template(self) -> Any:
@@ -127,7 +148,7 @@ class PublishedTemplate(ChatTemplate):
             raise ValueError(f"the model's chat template is not one that Jinja reads: {error}") from error
 
     def __getstate__(self) -> dict[str, Any]:
-        made = ("_template", "_special_pattern")  # made again where they are needed
+        made = ("_template", "_special_pattern", "_undeclared")  # made again where they are needed
         return {name: value for name, value in self.__dict__.items() if name not in made}
 
 
@@ -146,13 +167,18 @@ class _Writer:
     turns: list[Turn] = field(default_factory=list)
     answered: bool = False  # an assistant's content stands, and its closing special does not
 
-    def mark(self, role: str, parts: Iterator[dict[str, Any]]) -> dict[str, str]:
-        """The message for the template: marks in place of its parts."""
+    def mark(self, role: str, parts: Iterator[dict[str, Any]], reasoning: str | None) -> dict[str, str]:
+        """The message for the template: marks in place of its parts and of its reasoning."""
         marks = []
         for part in parts:
             marks.append(f"{_OPEN}{len(self.contents)}{_CLOSE}")
             self.contents.append((role, part))
-        return {"role": role, "content": "".join(marks)}
+        message = {"role": role, "content": "".join(marks)}
+        if reasoning is None:
+            return message
+        self.contents.append((role, {"type": "text", "text": reasoning}))
+        # An empty one is no content: templates ask whether there is any.
+        return message | {"reasoning_content": f"{_OPEN}{len(self.contents) - 1}{_CLOSE}" if reasoning else ""}
 
     def put(self, text: str, ends: list[int], roles: list[str]) -> None:
         """The whole chat, cut where turns end; what follows the last end is the opened turn of an answer."""
@@ -188,7 +214,7 @@ class _Writer:
     def _content(self, role: str, part: dict[str, Any]) -> None:
         self.answered = role == "assistant"
         if part["type"] == "text":
-            self._add(self.vocabulary.encode(part["text"]), supervised=self.answered)
+            self._add(text_ids(self.vocabulary, part["text"]), supervised=self.answered)
         else:
             self.slots.append(Slot(len(self.ids), part["type"], part["media"]))
             self._add([self.slot_ids[part["type"]]])

@@ -1,9 +1,9 @@
 """`mm generate`: answers to a file of prompts, one JSON object a line, that a kill can interrupt at any moment.
 
-A line of the input is {"messages": [{"role": ..., "content": ...}, ...]} or {"prompt": "text"}, with an "id" (default:
-the line's number). Content is text, or a list of parts: {"type": "text", "text": ...} or {"type": "image", "path": ...}
-(or audio, video); paths are relative to the file. A line of the output has the id and either text, finish_reason, and
-how long prompt and answer are, or the error that this prompt alone has met. Answers come in the order of the prompts.
+A line of the input is {"messages": [...]}, a chat as `mm.datasets.messages` reads it (paths relative to the file), or
+{"prompt": "text"}, with an "id" (default: the line's number). A line of the output has the id and either text,
+finish_reason, and how long prompt and answer are (and reasoning and logprobs where there are any), or the error that
+this prompt alone has met. Answers come in the order of the prompts.
 """
 
 from __future__ import annotations
@@ -21,6 +21,13 @@ from typing import TYPE_CHECKING, Any, NoReturn
 if TYPE_CHECKING:
     from mm.types import Sample
 
+
+def _on_or_off(text: str) -> bool:
+    if text not in ("on", "off"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither on nor off")
+    return text == "on"
+
+
 # Options of Decoding that the command line takes: name -> (type, help)
 OPTIONS: dict[str, tuple[Any, str]] = {
     "temperature": (float, "0 takes the likeliest token (default), above draws"),
@@ -34,6 +41,8 @@ OPTIONS: dict[str, tuple[Any, str]] = {
     "num-beams": (int, "beam search with N beams"),
     "length-penalty": (float, "beams: above 0 favours long answers (default: 1)"),
     "penalty-alpha": (float, "contrastive search; needs --top-k"),
+    "thinking": (_on_or_off, "on: reason before answering; off: answer at once; where the model has both"),
+    "thinking-budget": (int, "so many tokens of reasoning, then the answer"),
     "draft": (str, "speculative decoding: lookup, mtp, or the directory of a smaller model"),
     "regex": (str, "answers match this regular expression"),
     "json-schema": (str, "answers follow this JSON schema (JSON text, or @FILE)"),
@@ -107,7 +116,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser = _Parser(
         prog="mm generate",
         description="Answers prompts of a JSON-lines file. Run again, it goes on where it was interrupted.",
-        epilog='A line of --in: {"id": "1", "messages": [{"role": "user", "content": [{"type": "image", "path": '
+        epilog='A line of --in: {"id": "1", "messages": [{"role": "user", "content": [{"type": "image", "image": '
         '"a.png"}, {"type": "text", "text": "what is it?"}]}]}, or {"prompt": "text"}.',
     )
     parser.add_argument("model", metavar="MODEL", help="directory of a model, ours or a published one, or a GGUF file")
@@ -185,42 +194,12 @@ def read_prompts(path: Path) -> Iterator[Sample]:
 
 
 def _sample(record: Any, where: str, number: str, folder: Path) -> Sample:
-    from mm.types import Sample
+    from mm.datasets.messages import sample_of_messages
 
     if not isinstance(record, dict) or ("messages" in record) == ("prompt" in record):
         raise ValueError(f'{where}: give an object with either "messages" or "prompt"')
-    messages = record.get("messages", [{"role": "user", "content": record.get("prompt")}])
-    if not isinstance(messages, list) or not messages:
-        raise ValueError(f'{where}: "messages" must be a list with at least one message')
-    media: list[Any] = []
-    turns = [_message(message, f"{where}, message {place}", folder, media) for place, message in enumerate(messages, 1)]
-    return Sample(key=str(record.get("id", number)), messages=turns, media=media)
-
-
-def _message(message: Any, where: str, folder: Path, media: list[Any]) -> dict[str, Any]:
-    from mm.types import KINDS, Media
-
-    if not isinstance(message, dict) or message.get("role") not in ("system", "user", "assistant"):
-        raise ValueError(f'{where}: "role" must be system, user or assistant')
-    content = message.get("content")
-    if isinstance(content, str):
-        return {"role": message["role"], "content": content}
-    if not isinstance(content, list):
-        raise ValueError(f'{where}: "content" must be text or a list of parts')
-    parts: list[dict[str, Any]] = []
-    for part in content:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind == "text" and isinstance(part.get("text"), str):
-            parts.append({"type": "text", "text": part["text"]})
-        elif kind in KINDS and isinstance(part.get("path"), str):
-            parts.append({"type": kind, "media": len(media)})
-            media.append(Media(kind, folder / part["path"], part["path"]))
-        else:
-            raise ValueError(
-                f'{where}: {json.dumps(part)[:80]} is no part; give {{"type": "text", "text": ...}} or '
-                f'{{"type": "image" (or audio, video), "path": ...}}'
-            )
-    return {"role": message["role"], "content": parts}
+    messages = record["messages"] if "messages" in record else [{"role": "user", "content": record["prompt"]}]
+    return sample_of_messages(messages, str(record.get("id", number)), where, folder)
 
 
 def answers(
@@ -235,8 +214,7 @@ def answers(
         for sample in prompts:
             try:
                 (answer,) = generate(model, [sample], max_new_tokens, seed, **options)
-                likely = {} if answer.logprobs is None else {"logprobs": answer.logprobs}
-                yield _record(sample, answer.text, answer.finish_reason, answer.prompt_length, len(answer.ids)) | likely
+                yield _record(sample, answer.text, answer)
             except ValueError as error:
                 yield {"id": sample.key, "error": str(error)}
         return
@@ -259,8 +237,17 @@ def _finish(sample: Sample, ticket: Any) -> dict[str, Any]:
         text = ticket.text()
     except (ValueError, RuntimeError) as error:
         return {"id": sample.key, "error": str(error)}
-    return _record(sample, text, ticket.finish_reason, ticket.prompt_length, len(ticket.ids))
+    return _record(sample, text, ticket)
 
 
-def _record(sample: Sample, text: str, reason: str, prompt: int, answer: int) -> dict[str, Any]:
-    return {"id": sample.key, "text": text, "finish_reason": reason, "prompt_length": prompt, "answer_length": answer}
+def _record(sample: Sample, text: str, answer: Any) -> dict[str, Any]:
+    """Of a Generation or a Ticket that has ended."""
+    record = {
+        "id": sample.key,
+        "text": text,
+        "finish_reason": answer.finish_reason,
+        "prompt_length": answer.prompt_length,
+        "answer_length": len(answer.ids),
+    }
+    told = {"reasoning": answer.reasoning, "logprobs": answer.logprobs}
+    return record | {name: value for name, value in told.items() if value is not None}

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, overload
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from mm.datasets.chat_template import ChatTemplate
 from mm.decoder.cache import Cache
 from mm.decoder.decoder import Decoder
+from mm.decoder.embedding import LearnedPositions
 from mm.fusion.splice import Features, splice
 from mm.tokenizers.text import TextTokenizer
 from mm.types import (
@@ -121,6 +122,14 @@ class ModelOutput:
         return self.head(self.hidden)
 
 
+# A step takes milliseconds: neither the model's structure nor sizes that cannot have changed are checked in each.
+_COMPILE: dict[str, Any] = {
+    "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe,
+    "size_asserts": False,
+    "cpp_wrapper": True,
+}
+
+
 class MultimodalModel(nn.Module):
     """Text tokenizer, one tower per kind of media, and one decoder.
 
@@ -159,6 +168,7 @@ class MultimodalModel(nn.Module):
             decoder.add_cross_attention()
         self.config: dict[str, Any] | None = None  # the class_path/init_args tree that made this model, for checkpoints
         self.origin: dict[str, Any] | None = None  # what a published checkpoint said beside its weights (mm.pretrained)
+        self._compiled_step: Callable[[Tensor, Cache], Tensor] | None = None
         self.embedding_head = EmbeddingHead(decoder.width, embedding_dim) if embedding_dim else None
 
     @property
@@ -225,7 +235,28 @@ class MultimodalModel(nn.Module):
 
     def step(self, ids: Tensor, cache: Cache) -> Tensor:
         """One more token per row, ids (B,), after a forward pass with this cache -> logits (B, V) float32."""
+        if isinstance(self.decoder.embed_positions, LearnedPositions):
+            assert cache.next_index is not None
+            self.decoder.embed_positions.check(cache.next_index)
+        return cache.step(self._step, ids)
+
+    def _step(self, ids: Tensor, cache: Cache) -> Tensor:
         return self.logits(self.advance(ids[:, None], cache)[:, 0])
+
+    @property
+    def compiled_step(self) -> Callable[[Tensor, Cache], Tensor]:
+        """`step` as one program of torch.compile, which is made when it is first run: seconds, or a minute."""
+        if self._compiled_step is None:
+            self._compiled_step = torch.compile(self._step, fullgraph=True, options=_COMPILE)
+        return self._compiled_step
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MultimodalModel:
+        self._compiled_step = None  # a program is for one device and dtype
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of copies and pickles: a compiled program is this model's own."""
+        return self.__dict__ | {"_compiled_step": None}
 
     def advance(self, ids: Tensor, cache: Cache, lengths: Tensor | None = None) -> Tensor:
         """More text in every row, ids (B, T), after a forward pass with this cache -> hidden states (B, T, D).
@@ -267,13 +298,20 @@ class MultimodalModel(nn.Module):
         cache.next_position = sequence.positions.masked_fill(~sequence.mask[..., None], -1).amax((1, 2)) + 1
         cache.cross = sequence.cross
 
-    def generate(self, *args: Any, **options: Any) -> Tensor:
-        """See mm.generation.engine.generate_ids: greedy or sampled continuation of input_ids (B, T) -> (B, <=N)."""
-        from mm.generation.engine import (
-            generate_ids,
-        )  # the one import upward: a model can speak without its caller knowing how
+    @overload
+    def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Tensor: ...
+    @overload
+    def generate(self, *, messages: list[dict[str, Any]], **options: Any) -> str: ...
+    def generate(self, input_ids: Any = None, attention_mask: Any = None, messages: Any = None, **options: Any) -> Any:
+        """Text ids (B, T) -> the new ids alone (B, <= max_new_tokens); or one chat -> the text of its answer.
 
-        return generate_ids(self, *args, **options)
+        `messages` are [{"role", "content"}, ...] with media in their parts (mm.datasets.messages). `options` are
+        max_new_tokens, seed, max_length and those of mm.generation.options.Decoding: temperature, num_beams, cache, ...
+        Errors: mm.generation.generate, which also gives answers with all that is known of them.
+        """
+        from mm.generation.answer import generate_either  # upward: a model can speak without its caller knowing how
+
+        return generate_either(self, input_ids, attention_mask, messages, **options)
 
 
 def text_batch(input_ids: Tensor, attention_mask: Tensor | None = None) -> Batch:

@@ -67,6 +67,7 @@ class Sample:
 
     `messages` is `[{"role": "system" | "user" | "assistant", "content": str | [part, ...]}]`, and a part is
     `{"type": "text", "text": str}` or `{"type": "image" | "audio" | "video", "media": i}`, `i` an index into `media`.
+    An assistant's message may have `reasoning_content`, text: what was thought before it.
     `branches`, if any, are alternative continuations of `messages`: each sees the common `messages` and not the
     other branches (ten questions about one image cost one image).
     """

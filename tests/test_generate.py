@@ -100,6 +100,19 @@ def test_answers_in_order(model: Path, prompts: Path, tmp_path: Path, more: list
     assert [record["prompt_length"] for record in kept] == [answer.prompt_length for answer in expected]
 
 
+def test_thinking_off_and_log_probabilities(model: Path, prompts: Path, tmp_path: Path, capsys: Any) -> None:
+    plain, off = tmp_path / "plain.jsonl", tmp_path / "off.jsonl"
+    run(model, prompts, plain)
+    run(model, prompts, off, "--thinking", "off", "--logprobs", "2")
+    block = len(tiny_tokenizer().encode("<think>")) + len(tiny_tokenizer().encode("</think>"))
+    for before, after in zip(records(plain), records(off), strict=True):
+        if "error" not in before:
+            assert after["prompt_length"] - before["prompt_length"] >= block + 2 and "logprobs" not in before
+            assert len(after["logprobs"]) == after["answer_length"] and len(after["logprobs"][0][2]) == 2
+    assert run(model, prompts, off, "--thinking", "maybe") == 2
+    assert "'maybe' is neither on nor off" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("cut", [1, -1, -30])
 def test_it_goes_on_where_it_was_interrupted(model: Path, prompts: Path, tmp_path: Path, cut: int) -> None:
     whole, out = tmp_path / "whole.jsonl", tmp_path / "answers.jsonl"
@@ -113,10 +126,10 @@ def test_it_goes_on_where_it_was_interrupted(model: Path, prompts: Path, tmp_pat
 def test_twice_in_a_row_does_nothing(model: Path, prompts: Path, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
     out = tmp_path / "answers.jsonl"
     run(model, prompts, out)
-    before = out.stat()
+    before = out.stat().st_mtime_ns
     monkeypatch.setattr("mm.load", None)  # not even opened
     assert run(model, prompts, out) == 1
-    assert out.stat() == before and "all 5 answers are there" in capsys.readouterr().err
+    assert out.stat().st_mtime_ns == before and "all 5 answers are there" in capsys.readouterr().err
 
 
 def test_other_settings_are_refused_by_name(model: Path, prompts: Path, tmp_path: Path, capsys: Any) -> None:

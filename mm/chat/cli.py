@@ -70,6 +70,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         "--min-p", type=float, metavar="P", help="draw from tokens at least P times as likely as the first"
     )
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the draws (default: 0)")
+    parser.add_argument(
+        "--thinking", choices=("on", "off"), help="reason before answering, or answer at once, where the model has both"
+    )
     parser.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     args = parser.parse_intermixed_args(argv)
     args.model, args.text = _model_and_text(args.words)
@@ -103,7 +106,8 @@ def _open(args: argparse.Namespace) -> ChatSession:
     from mm.chat.session import ChatSession, Settings
 
     options = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "max_length")
-    settings = Settings(**{name: getattr(args, name) for name in options})
+    thinking = None if args.thinking is None else args.thinking == "on"
+    settings = Settings(**{name: getattr(args, name) for name in options}, thinking=thinking)
     model = mm.load(args.model)
     if args.device is None:
         args.device = "cuda" if torch.cuda.is_available() else "cpu"

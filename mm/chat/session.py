@@ -8,15 +8,17 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
 
+from mm.datasets.chat_template import Written
 from mm.datasets.decode import decode
-from mm.generation.engine import FinishReason, stream
+from mm.generation.batching import Engine, Ticket, not_paged
+from mm.generation.engine import FinishReason, Stream, stream
 from mm.generation.requests import GenerativeModel, check_at_least_one
 from mm.generation.sampling import Sampler
 from mm.types import KINDS, Kind, Media, MediaError, Sample
@@ -31,7 +33,7 @@ SMALLEST_SIDE = 2  # pixels: a 1x1 image is a tracking pixel or a mistake, and a
 
 @dataclass(frozen=True)
 class Settings:
-    """How answers are generated; see `mm.generation.engine.stream`. Raises ValueError naming a nonsense setting."""
+    """How answers are generated; see `mm.generation.engine.generate`. Raises ValueError naming a nonsense setting."""
 
     max_new_tokens: int = 256
     temperature: float = 0.0
@@ -40,6 +42,7 @@ class Settings:
     min_p: float | None = None
     seed: int = 0
     max_length: int | None = None
+    thinking: bool | None = None
 
     def __post_init__(self) -> None:
         Sampler(self.temperature, self.top_k, self.top_p, self.min_p)
@@ -49,19 +52,26 @@ class Settings:
 @dataclass(frozen=True)
 class Statistics:
     """One answer: positions of its prompt, tokens generated, seconds to the first piece and in all. `finish_reason` is
-    None for an answer that was stopped."""
+    None for an answer that was stopped; `kept` of the prompt's positions were known from turns before; `reasoning` is
+    what came before the answer, None where there was none."""
 
     prompt_length: int
     tokens: int
     first_seconds: float
     seconds: float
     finish_reason: FinishReason | None
+    kept: int = 0
+    reasoning: str | None = None
 
 
 class ChatSession:
     """A chat: `system`, `messages` and `media` as in a Sample, and `attached`, the media of the next question.
 
     Each turn's random numbers come from the seed and the number of the turn: the same chat gives the same answers.
+
+    Turns are decoded on one Engine, which keeps what it has computed: a turn reads what is new in it, and each medium
+    is encoded once. An answer stays in the chat in the very tokens that the model wrote. For a model that no Engine
+    takes, `rereads` says why each turn reads the whole chat anew.
     """
 
     def __init__(self, model: GenerativeModel, settings: Settings | None = None, system: str | None = None) -> None:
@@ -74,6 +84,8 @@ class ChatSession:
         self.lookup: Lookup | None = None  # set it, and answers rest on documents
         self.hits: list[Hit] = []  # the documents of the last question
         self.last: Statistics | None = None
+        self.engine: Engine | None = None  # made by the first question
+        self.rereads = not_paged(model)
 
     @property
     def turns(self) -> int:
@@ -103,14 +115,14 @@ class ChatSession:
         The turn joins the chat when the answer ends or, with what there is of it, when it is stopped (closing the
         iterator, Ctrl-C). Until there is a first piece, and after an error, the chat is as before.
 
-        Raises ValueError or MediaError as `stream` does.
+        Raises ValueError or MediaError as `mm.generation.engine.generate` does.
         """
         media = self.media + self.attached
         parts = [{"type": item.kind, "media": len(self.media) + i} for i, item in enumerate(self.attached)]
         question = {"role": "user", "content": [*parts, {"type": "text", "text": text}] if parts else text}
         messages = [*self.messages, question]
         start = time.perf_counter()
-        answer = stream(self.model, self._sample(messages, media), **asdict(self.settings))
+        answer = self._begin(self._sample(messages, media))
         pieces: list[str] = []
         first = 0.0
         failed = False
@@ -123,12 +135,44 @@ class ChatSession:
             failed = True
             raise
         finally:
-            answer.close()
-            if not failed and (pieces or answer.finish_reason):
-                self.messages = [*messages, {"role": "assistant", "content": "".join(pieces)}]
+            reason, kept = cast(FinishReason | None, answer.finish_reason), self._end(answer)
+            if not failed and (pieces or reason):
+                said = self._written("".join(pieces), answer.ids)
+                # Kept for whoever reads the chat: templates leave out what was thought before an earlier answer.
+                thought = {} if answer.reasoning is None else {"reasoning_content": answer.reasoning}
+                self.messages = [*messages, {"role": "assistant", "content": said, **thought}]
                 self.media, self.attached = media, []
                 seconds = time.perf_counter() - start
-                self.last = Statistics(answer.prompt_length, len(answer.ids), first, seconds, answer.finish_reason)
+                self.last = Statistics(
+                    answer.prompt_length, len(answer.ids), first, seconds, reason, kept, answer.reasoning
+                )
+
+    def _begin(self, sample: Sample) -> Ticket | Stream:
+        options = asdict(self.settings)
+        if self.rereads:
+            return stream(self.model, sample, **options)
+        if self.engine is None or self.engine.running or self.engine.waiting:
+            # One request at a time, so pages can be as small as they get: a turn then shares all that went before.
+            self.engine = Engine(self.model, pages=None, page_size=1, max_rows=1)
+        return self.engine.submit(sample, **options)
+
+    def _end(self, answer: Ticket | Stream) -> int:
+        """Frees what an answer holds, however it has ended; returns how much of its prompt was known before."""
+        if isinstance(answer, Stream):
+            answer.close()
+            return 0
+        answer.cancel()
+        if self.engine is not None and not self.engine.pages.sound:
+            self.engine = None  # Ctrl-C came in the middle of the bookkeeping: start over rather than guess
+        return answer.shared
+
+    def _written(self, text: str, ids: Sequence[int]) -> str:
+        """An answer as the chat keeps it: in the tokens that the model wrote, but for specials, which are structure and
+        not for the model to make, and where they spell what was shown (not in a character that was cut through)."""
+        tokenizer = self.model.tokenizer
+        specials = set(tokenizer.specials.values())
+        plain = [token for token in ids if token not in specials]
+        return Written(text, plain) if tokenizer.decode(plain) == text else text
 
     def reset(self) -> None:
         """Forgets the messages and the media, not the system prompt."""

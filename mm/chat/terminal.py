@@ -26,6 +26,7 @@ HELP: dict[str, tuple[str, str]] = {
     "save": ("FILE", "write the chat to a JSON file"),
     "load": ("FILE", "go on with a saved chat"),
     "stats": ("", "tokens and seconds of the last answer"),
+    "thoughts": ("", "what the model thought before its last answer"),
     "help": ("", "this list"),
     "quit": ("", "leave (Ctrl-D too)"),
 }
@@ -49,6 +50,8 @@ class Terminal:
         """Chats until /quit or end of input. `name` says in the greeting whom with."""
         kinds = ", ".join(("text", *self.session.model.media_specs()))
         self.note(f"{name} · reads {kinds} · /help lists the commands, Ctrl-D leaves")
+        if self.session.rereads:
+            self.note(f"(each turn reads the whole chat anew: {self.session.rereads})")
         while self.open:
             try:
                 line = self._read_line()
@@ -126,6 +129,9 @@ class Terminal:
                 self.note(f"(loaded {self.session.turns} turns from {argument})")
             case "stats":
                 self.note(self._statistics())
+            case "thoughts":
+                last = self.session.last
+                self.note((last.reasoning if last else None) or "(none)")
             case "help":
                 for command, (what, effect) in HELP.items():
                     self.note(f"/{command + ' ' + what:<16} {effect}")
@@ -138,10 +144,11 @@ class Terminal:
         if last is None:
             return "(no answer yet)"
         rate = (last.tokens - 1) / (last.seconds - last.first_seconds) if last.tokens > 1 else 0.0
+        known = f" ({last.kept} known from before)" if last.kept else ""
         ended = {"stop": "ended by the model", "length": "cut at the limit", None: "stopped"}[last.finish_reason]
         return (
-            f"turn {self.session.turns}: prompt {last.prompt_length} positions, answer {last.tokens} tokens ({ended}); "
-            f"first text after {last.first_seconds:.2f} s, then {rate:.1f} tokens/s"
+            f"turn {self.session.turns}: prompt {last.prompt_length} positions{known}, answer {last.tokens} tokens "
+            f"({ended}); first text after {last.first_seconds:.2f} s, then {rate:.1f} tokens/s"
         )
 
 

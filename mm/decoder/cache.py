@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mm.decoder.attention.windows import Window
 from mm.decoder.layout import Layout, Places
-from mm.types import CrossMedia
+from mm.types import CrossMedia, Sequence
 
 SPARE = 64  # positions that a growing tensor is given beyond what it needs, at least
 
@@ -26,6 +26,8 @@ class Cache:
     This one keeps everything. Others, in mm.generation.caches, keep less by overriding `extend`.
     """
 
+    ragged = False  # whether `extend_rows` is to be asked for
+
     def __init__(self, layers: int) -> None:
         self.layers: list[dict[str, Tensor]] = [{} for _ in range(layers)]
         self.room: list[dict[str, Tensor]] = [{} for _ in range(layers)]  # longer tensors, which those of layers begin
@@ -38,6 +40,18 @@ class Cache:
         """Cached positions a row, padding included."""
         return 0 if self.places is None else self.places.index.shape[1]
 
+    def begin(self, sequence: Sequence) -> Layout:
+        """The layout of a forward pass that goes on from here."""
+        return Layout.of(sequence, self.places)
+
+    def end(self, layout: Layout) -> None:
+        """The pass with that layout is done."""
+        self.places = layout.keys
+
+    def step(self, function: Callable[[Tensor, Cache], Tensor], ids: Tensor) -> Tensor:
+        """`function(ids, self)`, one more token (B,) in each row -> (B, V). Here as it is."""
+        return function(ids, self)
+
     def extend(
         self, layer: int, layout: Layout, window: Window | None = None, shift: Shift | None = None, **new: Tensor
     ) -> tuple[Layout, Window | None, list[Tensor]]:
@@ -47,6 +61,11 @@ class Cache:
         the mixer's own. `shift` turns cached keys on by places; None says that keys know nothing of their places.
         """
         return layout, window, self.append(layer, **new)
+
+    def extend_rows(self, layer: int, **new: Tensor) -> list[list[Tensor]]:
+        """As `extend`, for one new position of each row (B, 1, ...) that sees all that its row has: of each tensor a
+        list of what each row has, (S_row, ...), without padding. Only where `ragged` says so."""
+        raise TypeError(f"{type(self).__name__} keeps its rows side by side; ask extend")
 
     def attended(self, layer: int, q: Tensor, layout: Layout, window: Window | None, scale: float) -> None:
         """Attention's word, after `extend`, of which queries (B, T, H, d) it asked. Here nobody listens."""

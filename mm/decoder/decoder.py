@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from mm.decoder.attention.cross import GatedCrossAttention
 from mm.decoder.cache import Cache
 from mm.decoder.embedding import Embedding, Head
+from mm.decoder.few_rows import Linear
 from mm.decoder.ffn.moe import SparseMoE
 from mm.decoder.init import EMBEDDING_STD, Init
 from mm.decoder.layout import Layout
@@ -155,7 +156,7 @@ class Decoder(nn.Module):
         """Makes the embedding and the head, and initialises every weight."""
         self.vocab_size = vocab_size
         self.embed = self.embedding_options.build_tokens(vocab_size, self.width)
-        self.head = nn.Linear(self.width, vocab_size, bias=self.head_options.bias)
+        self.head = Linear(self.width, vocab_size, bias=self.head_options.bias)
         if self.tie_embeddings:
             self.head.weight = self.embed.weight
         self.apply(self.init)
@@ -177,7 +178,7 @@ class Decoder(nn.Module):
         return self._read(sequence, cache)
 
     def _read(self, sequence: Sequence, cache: Cache | None) -> tuple[Tensor, list[Routing | None]]:
-        layout = Layout.of(sequence, cache.places if cache is not None else None)
+        layout = Layout.of(sequence) if cache is None else cache.begin(sequence)
         x, mask, routings = self._start(sequence), sequence.mask, []
         for number, layer in enumerate(self.layers):
             if self.checkpoint_activations and self.training:
@@ -186,7 +187,7 @@ class Decoder(nn.Module):
                 x, routing = layer(x, mask, layout, cache, number)
             routings.append(routing)
         if cache is not None:
-            cache.places = layout.keys
+            cache.end(layout)
         return self.norm(x), routings
 
     def logits(self, hidden: Tensor) -> Tensor:

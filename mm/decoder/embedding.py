@@ -92,12 +92,17 @@ class LearnedPositions(nn.Module):
     def initialise(self, init: Init) -> None:
         nn.init.normal_(self.weight, std=EMBEDDING_STD)
 
-    def forward(self, index: Tensor) -> Tensor:
+    def check(self, index: Tensor) -> None:
+        """Raises ValueError for places past the table."""
         if index.numel() and int(index.max()) >= self.length:
             raise ValueError(
                 f"a document of {int(index.max()) + 1} positions is longer than the {self.length} that this decoder "
                 "has learned (embedding.length)"
             )
+
+    def forward(self, index: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling():  # a compiled step's caller has checked: the program cannot say so
+            self.check(index)
         return self.weight[index + self.offset]
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mm.decoder.cache import Cache
 from mm.decoder.decoder import Block, Layer
+from mm.decoder.few_rows import Linear
 from mm.decoder.layout import Layout
 from mm.types import Routing, Sequence
 
@@ -26,7 +27,7 @@ class Depth(nn.Module):
     def __init__(self, width: int, mixer: nn.Module, ffn: nn.Module, block: Block) -> None:
         super().__init__()
         self.token_norm, self.state_norm = block.norm(width), block.norm(width)
-        self.join = nn.Linear(2 * width, width, bias=False)
+        self.join = Linear(2 * width, width, bias=False)
         self.layer = Layer(width, mixer, ffn, block)
         self.norm = block.norm(width)
 
@@ -84,12 +85,12 @@ class MultiTokenPrediction(nn.Module):
         """One depth, for drafting: `previous` (B, T, D) are the states, one depth less deep, of the positions before
         those of `sequence`, whose embeddings are the tokens'. `cache` is from `new_cache`, one for each depth.
         """
-        layout = Layout.of(sequence, None if cache is None else cache.places)
+        layout = Layout.of(sequence) if cache is None else cache.begin(sequence)
         depth = self.depths[number]
         assert isinstance(depth, Depth)
         state, routing = depth(previous, sequence.embeddings, sequence.mask, layout, cache, 0)
         if cache is not None:
-            cache.places = layout.keys
+            cache.end(layout)
         return state, routing
 
     @staticmethod

@@ -18,6 +18,8 @@ from mm.evaluation.likelihood import score_choices, score_documents, start_id, t
 from mm.evaluation.records import Response
 from mm.evaluation.shared_media import generate_shared
 from mm.generation.engine import generate, generate_ids
+from mm.generation.options import Options
+from mm.generation.stopping import cut_before
 from mm.types import Sample
 
 
@@ -47,13 +49,18 @@ def respond(model: Any, benchmark: Benchmark, samples: Sequence[Sample], batch_s
 def _generate(model: Any, benchmark: Benchmark, samples: Sequence[Sample], batch_size: int) -> list[Response]:
     if benchmark.plain:
         texts = continue_texts(
-            model, samples, benchmark.max_new_tokens, temperature=benchmark.temperature, batch_size=batch_size
+            model,
+            samples,
+            benchmark.max_new_tokens,
+            temperature=benchmark.temperature,
+            stop=benchmark.stop,
+            batch_size=batch_size,
         )
         responses = [Response(text) for text in texts]
     elif benchmark.temperature:
         seeds = [seed_of(sample) for sample in samples]
-        options: dict[str, Any] = {"temperature": benchmark.temperature, "seed": seeds, "batch_size": batch_size}
-        given = generate(model, samples, benchmark.max_new_tokens, **options)
+        options: Options = {"temperature": benchmark.temperature, "stop_strings": benchmark.stop}
+        given = generate(model, samples, benchmark.max_new_tokens, seeds, batch_size, **options)
         responses = [Response(answer.text) for answer in given]
     else:
         responses = generate_shared(model, samples, max_new_tokens=benchmark.max_new_tokens, batch_size=batch_size)
@@ -62,19 +69,23 @@ def _generate(model: Any, benchmark: Benchmark, samples: Sequence[Sample], batch
 
 def _stopped(response: Response, stop: Sequence[str]) -> Response:
     """The text before the first of the `stop` texts; the confidence was that of the whole."""
-    text = cut_at(response.text, stop)
+    text = cut_before(response.text, stop)
     return response if text == response.text else Response(text)
 
 
-def cut_at(text: str, stop: Sequence[str]) -> str:
-    """The text before the first place where any of the `stop` texts stands."""
-    return text[: min((place for place in map(text.find, stop) if place >= 0), default=len(text))]
-
-
 def continue_texts(
-    model: Any, samples: Sequence[Sample], max_new_tokens: int, *, temperature: float = 0.0, batch_size: int = 16
+    model: Any,
+    samples: Sequence[Sample],
+    max_new_tokens: int,
+    *,
+    temperature: float = 0.0,
+    stop: Sequence[str] = (),
+    batch_size: int = 16,
 ) -> list[str]:
-    """Each sample's text continued without a chat template, in batches of like length; sampled by `seed_of`."""
+    """Each sample's text continued without a chat template, in batches of like length; sampled by `seed_of`.
+
+    A row leaves its batch with the first of the `stop` texts, which is no longer in its text.
+    """
     prompts = [torch.tensor(model.tokenizer.encode(text_of(sample)) or [start_id(model)]) for sample in samples]
     order = sorted(range(len(samples)), key=lambda index: (-len(prompts[index]), index))
     stops = model.template.stop_ids(model.tokenizer)
@@ -85,10 +96,11 @@ def continue_texts(
         ids = pad([prompts[index] for index in batch], batch_first=True)
         mask = pad([torch.ones_like(prompts[index]) for index in batch], batch_first=True)
         seeds = [seed_of(samples[index]) for index in batch]
-        options: dict[str, Any] = {"temperature": temperature, "seed": seeds, "stop": stops, "pad_id": -1}
-        rows = generate_ids(model, ids, mask, max_new_tokens, **options)
+        options: Options = {"temperature": temperature, "stop_strings": stop}
+        rows = generate_ids(model, ids, mask, max_new_tokens, seeds, stops, pad_id=-1, **options)
         for index, row in zip(batch, rows.tolist(), strict=True):
-            texts[index] = model.tokenizer.decode([token for token in row if token >= 0 and token not in stops])
+            whole = model.tokenizer.decode([token for token in row if token >= 0 and token not in stops])
+            texts[index] = cut_before(whole, stop)
     return [texts[index] for index in range(len(samples))]
 
 

@@ -4,8 +4,8 @@
     tickets = [engine.submit(sample) for sample in samples]
     for piece in tickets[0]: ...        # drives all of them on; or engine.run()
 
-A step admits what there is room for, reads a piece of one prompt, and decodes one token of every request whose prompt
-is read. Not thread-safe: one thread drives an engine.
+A step reads some positions of the prompts that there is room for, one after the other, and decodes one token of every
+request whose prompt was read. Not thread-safe: one thread drives an engine.
 """
 
 from __future__ import annotations
@@ -23,14 +23,16 @@ from mm.datasets.processor import Encoded, EncodedMedia
 from mm.fusion.splice import Features, splice
 from mm.generation.caches.paged import OutOfPages, PagedView, Pages, Table
 from mm.generation.content import Remembered, beside, digest, identities
+from mm.generation.logprobs import TokenLogprob, likelihoods
 from mm.generation.options import Decoding, Options
 from mm.generation.requests import Prompts, check_at_least_one, check_model, encode_requests, stop_ids
 from mm.generation.rows import Shaper
 from mm.generation.sampling import INVALID
-from mm.generation.stopping import Cutter
-from mm.tokenizers.text import StreamDecoder
+from mm.generation.speaker import Speaker
 from mm.types import CrossMedia, Sample, Tokens
 from mm.types import Sequence as DecoderInput
+
+FIRST_ROOM = 1024  # positions that pages which grow begin with
 
 
 @dataclass
@@ -49,15 +51,17 @@ class Counts:
 class Ticket(Iterator[str]):
     """One request in an engine: an iterator of text pieces, whole characters each. Asking for one drives the engine.
 
-    `ids` grow as they come; `finish_reason` is "stop", "length" or "cancelled" at the end, None before. What failed for
-    this request alone is raised here, by its next piece.
+    `ids` grow as they come, `logprobs` with them if asked for; `finish_reason` is "stop", "length" or "cancelled" at
+    the end, None before. `shared` of the prompt's positions were found in the cache. What failed for this request alone
+    is raised here, by its next piece.
     """
 
     def __init__(self, engine: Engine, encoded: Encoded, name: str, shaper: Shaper, max_new_tokens: int) -> None:
         self.ids: list[int] = []
+        self.logprobs: list[TokenLogprob] | None = None if shaper.decoding.logprobs is None else []
         self.finish_reason: str | None = None
         self.error: Exception | None = None
-        self.prompt_length = encoded.length
+        self.prompt_length, self.shared = encoded.length, 0
         self.engine, self.encoded, self.name, self.shaper = engine, encoded, name, shaper
         self.max_new_tokens = max_new_tokens
         self.table = Table()
@@ -65,8 +69,7 @@ class Ticket(Iterator[str]):
         self.sequence: DecoderInput | None = None  # of the prompt, until it is read
         self.cross: CrossMedia | None = None
         self.next_position = 0
-        tokenizer = engine.model.tokenizer
-        self._decoder, self._cutter = StreamDecoder(tokenizer), Cutter(shaper.decoding.stop_strings)
+        self._speaker = Speaker(engine.model, shaper.decoding, shaper.prompts.openings[0])
         self._pieces: deque[str] = deque()
 
     def __next__(self) -> str:
@@ -78,6 +81,11 @@ class Ticket(Iterator[str]):
             self.engine.step()
         return self._pieces.popleft()
 
+    @property
+    def reasoning(self) -> str | None:
+        """What was thought before the answer, so far, which no piece holds; None where nothing was."""
+        return self._speaker.reasoning
+
     def text(self) -> str:
         """The whole answer (what of it no piece has given yet)."""
         return "".join(self)
@@ -87,12 +95,14 @@ class Ticket(Iterator[str]):
         if self.finish_reason is None:
             self.engine._leave(self, "cancelled")
 
-    def _take(self, token: int) -> None:
+    def _take(self, token: int, likely: TokenLogprob | None) -> None:
         """One more token of the answer."""
         stops = self.shaper.stops
         if token not in stops:
             self.ids.append(token)
-            self._show(self._cutter.push(self._decoder.push(token)))
+            if self.logprobs is not None and likely is not None:
+                self.logprobs.append(likely)
+            self._show(self._speaker.push(token))
         if not self.shaper.going([token]):
             self._end("stop")
         elif len(self.ids) == self.max_new_tokens:
@@ -102,7 +112,7 @@ class Ticket(Iterator[str]):
             self.identities.append(token)
 
     def _end(self, reason: str) -> None:
-        self._show(self._cutter.push(self._decoder.flush()) + self._cutter.flush())
+        self._show(self._speaker.flush())
         self.engine._leave(self, reason)
 
     def _show(self, piece: str) -> None:
@@ -113,18 +123,19 @@ class Ticket(Iterator[str]):
 class Engine:
     """Decodes many requests of a `mm.model.MultimodalModel` together.
 
-    pages, page_size  room for positions: pages x page_size of them, prompts and answers of all requests that run
+    pages, page_size  room for positions: pages x page_size of them, prompts and answers of all requests that run. With
+                      pages=None there are as many as are needed, and no room is kept free for what is yet to be written
     max_rows          requests that decode together
-    chunk             positions of a prompt that are read in one step, so that a long one does not hold up the others
+    chunk             positions of prompts that are read in one step, so that a long one does not hold up the others
     media_bytes       of media features that are kept for the next request that shows the same
 
-    Raises ValueError for a model whose cache cannot be paged (LongRoPE reads it anew at its original length).
+    Raises ValueError for a model whose cache cannot be paged (`not_paged` says why).
     """
 
     def __init__(
         self,
         model: Any,
-        pages: int = 1024,
+        pages: int | None = 1024,
         page_size: int = 16,
         max_rows: int = 32,
         chunk: int = 512,
@@ -132,10 +143,11 @@ class Engine:
     ) -> None:
         check_model(model)
         check_at_least_one(pages=pages, page_size=page_size, max_rows=max_rows, chunk=chunk)
-        if model.decoder.rereader.lengths:
-            raise ValueError("the paged cache cannot be read anew, which LongRoPE asks for at its original length")
+        if reason := not_paged(model):
+            raise ValueError(f"an Engine cannot take this model: {reason}")
         self.model, self.max_rows, self.chunk = model, max_rows, chunk
-        self.pages = Pages(len(model.decoder.layers), pages, page_size)
+        count = -(-FIRST_ROOM // page_size) if pages is None else pages
+        self.pages = Pages(len(model.decoder.layers), count, page_size, grows=pages is None)
         self.recurrent = any(hasattr(module, "cache_numbers_fixed") for module in model.decoder.modules())
         self.features = Remembered(media_bytes)
         self.counts = Counts()
@@ -159,14 +171,14 @@ class Engine:
         decoding = Decoding(**options)
         if name := unsupported(decoding):
             raise ValueError(f"{name}: the engine decodes token by token; use generate")
-        (request,) = encode_requests(self.model, [sample], seed, max_new_tokens, max_length)
+        (request,) = encode_requests(self.model, [sample], seed, max_new_tokens, max_length, decoding.thinking)
         room = self.pages.count * self.pages.size
-        if request.encoded.length + max_new_tokens > room:
+        if not self.pages.grows and request.encoded.length + max_new_tokens > room:
             raise ValueError(
                 f"{request.name}: a prompt of {request.encoded.length} positions and max_new_tokens={max_new_tokens} "
                 f"exceed the {room} positions of all pages; give the engine more pages"
             )
-        prompts = Prompts({}, [request.encoded.ids], [request.name], [request.generator])
+        prompts = Prompts({}, [request.encoded.ids], [request.name], [request.generator], [request.opening])
         shaper = Shaper(self.model, prompts, decoding, stop_ids(self.model))
         ticket = Ticket(self, request.encoded, request.name, shaper, max_new_tokens)
         self.waiting.append(ticket)
@@ -179,30 +191,42 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> None:
-        """Admits, reads a piece of one prompt, decodes a token of each request whose prompt is read."""
-        self._admit()
-        reading = next((ticket for ticket in self.running if ticket.sequence is not None), None)
-        if reading is not None:
-            self._attempt(reading, self._read)
-        if ready := [ticket for ticket in self.running if ticket.sequence is None]:
+        """Reads up to `chunk` positions of prompts; decodes a token of each request whose prompt was read before."""
+        ready = [ticket for ticket in self.running if ticket.sequence is None]
+        end = self.counts.prefilled + self.chunk
+        while self.counts.prefilled < end and (ticket := self._reading()) is not None:
+            self._attempt(ticket, lambda ticket: self._read(ticket, end - self.counts.prefilled))
+        if ready:
             self._decode(ready)
 
-    def _admit(self) -> None:
-        """First come, first served: pages for the whole request are reserved, so that none has to be thrown out."""
+    def _reading(self) -> Ticket | None:
+        """The request whose prompt is being read, or else the next that there is room for, first come, first served.
+
+        One begins when the one before is read, and shares what it left. Pages for all of a request are reserved, so
+        that none has to be thrown out; pages that grow are reserved as answers do.
+        """
+        for ticket in self.running:
+            if ticket.sequence is not None:
+                return ticket
         while self.waiting and len(self.running) < self.max_rows:
             ticket = self.waiting[0]
             if not self.recurrent:
                 self.pages.share(ticket.table, ticket.identities)
             try:
-                self.pages.reserve(ticket.table, len(ticket.identities) + ticket.max_new_tokens)
+                later = 0 if self.pages.grows else ticket.max_new_tokens
+                self.pages.reserve(ticket.table, len(ticket.identities) + later)
             except OutOfPages:
                 self.pages.release(ticket.table)
                 ticket.table = Table()
-                return
+                return None
             self.waiting.popleft()
             self.running.append(ticket)
-            self.counts.shared += ticket.table.length
+            ticket.shared = ticket.table.length
+            self.counts.shared += ticket.shared
             self._attempt(ticket, self._splice)
+            if ticket.sequence is not None:
+                return ticket
+        return None
 
     def _attempt(self, ticket: Ticket, work: Any) -> None:
         """What goes wrong with one request ends that one."""
@@ -240,10 +264,11 @@ class Engine:
         self.counts.encoded += 1
         return tokens
 
-    def _read(self, ticket: Ticket) -> None:
+    def _read(self, ticket: Ticket, most: int) -> None:
+        """Up to `most` positions of its prompt; after the last of them comes its first token."""
         assert ticket.sequence is not None
         start, length = ticket.table.length, ticket.sequence.index.shape[1]
-        end = min(length, start + self.chunk)
+        end = min(length, start + most)
         view = PagedView(self.pages, [ticket.table], end - start, self.model.device)
         hidden, _ = self.model.decoder(ticket.sequence.columns(start, end), view)
         view.commit()
@@ -258,6 +283,8 @@ class Engine:
 
     def _decode(self, tickets: list[Ticket]) -> None:
         device = self.model.device
+        for ticket in tickets:
+            self.pages.reserve(ticket.table, ticket.table.length + 1)
         # What has just been chosen is read now; its request holds a page for it.
         ids = torch.tensor([ticket.ids[-1] for ticket in tickets], device=device)
         index = torch.tensor([ticket.table.length for ticket in tickets], device=device)
@@ -284,15 +311,19 @@ class Engine:
         for places in together.values():
             shaper = tickets[places[0]].shaper
             generators = [tickets[place].shaper.prompts.generators[0] for place in places]
-            chosen = shaper.decoding.choose(shaper.mask(logits[places]), generators, shaper.history)
-            for place, token in zip(places, chosen.tolist(), strict=True):
-                self._attempt(tickets[place], lambda ticket, token=token: self._give(ticket, token))
+            ids = shaper.decoding.choose(shaper.mask(logits[places]), generators, shaper.history).tolist()
+            top = shaper.decoding.logprobs
+            # One that has no distribution (INVALID) is refused before its likelihood is looked at.
+            likely = [] if top is None else likelihoods(logits[places], [max(token, 0) for token in ids], top)
+            for rank, place in enumerate(places):
+                token, its = ids[rank], likely[rank] if likely else None
+                self._attempt(tickets[place], lambda ticket, token=token, its=its: self._give(ticket, token, its))
 
-    def _give(self, ticket: Ticket, token: int) -> None:
+    def _give(self, ticket: Ticket, token: int, likely: TokenLogprob | None) -> None:
         if token == INVALID:
             ticket.shaper.prompts.refuse(0, len(ticket.ids) + 1)
         self.counts.decoded += 1
-        ticket._take(token)
+        ticket._take(token, likely)
 
     def _leave(self, ticket: Ticket, reason: str) -> None:
         """Ends a request and frees what it holds."""
@@ -305,12 +336,22 @@ class Engine:
         ticket.sequence = ticket.cross = None
 
 
+def not_paged(model: Any) -> str | None:
+    """Why a model's cache cannot be paged, or None."""
+    decoder = getattr(model, "decoder", None)
+    if decoder is None:
+        return f"{type(model).__name__} has no decoder whose layers' caches could be paged"
+    if decoder.rereader.lengths:
+        return "at its original length LongRoPE reads the whole cache anew, and pages cannot be read anew"
+    return None
+
+
 _NOT_HERE = {
     "num_beams": lambda d: d.num_beams > 1,
     "penalty_alpha": lambda d: d.penalty_alpha is not None,
     "draft": lambda d: d.draft is not None,
     "amateur": lambda d: d.amateur is not None,
-    "logprobs": lambda d: d.logprobs is not None,
+    "steer": lambda d: d.steer is not None,
     "cache": lambda d: d.cache != "dynamic",
 }
 
@@ -321,4 +362,4 @@ def unsupported(decoding: Decoding) -> str | None:
 
 
 def _hashable(decoding: Decoding) -> Any:
-    return decoding.temperature, decoding.top_k, decoding.top_p, decoding.min_p, decoding.typical_p
+    return decoding.temperature, decoding.top_k, decoding.top_p, decoding.min_p, decoding.typical_p, decoding.logprobs

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from mm.generation.logprobs import TokenLogprob, likelihoods
 from mm.generation.options import Decoding
 from mm.generation.requests import GenerativeModel, Prompts
 from mm.generation.rows import Rows
@@ -19,10 +20,11 @@ from mm.generation.rows import Rows
 @dataclass(frozen=True)
 class Hypothesis:
     """An answer's ids, its closing special included where it ended, and its score: log probability, penalties counted,
-    over length ** length_penalty, plus the reward where there is one."""
+    over length ** length_penalty, plus the reward where there is one. `logprobs`, if asked for, are one an id."""
 
     score: float
     ids: list[int]
+    logprobs: list[TokenLogprob] = field(default_factory=list)
 
 
 @dataclass
@@ -74,7 +76,8 @@ def beam_search(
         for request in live:
             groups = searches[request]
             width = sum(len(group.running) for group in groups) if step > 1 else 1
-            found = _grow(groups, log_p[start : start + width], carried, step, max_new_tokens)
+            its = slice(start, start + width)
+            found = _grow(groups, log_p[its], carried.own[its], carried, step, max_new_tokens)
             rows += [start + row for row, _ in found]
             tokens += [token for _, token in found]
             at += [request] * len(found)
@@ -88,8 +91,11 @@ def beam_search(
     return [sorted((h for group in groups for h in group.ended), key=lambda h: -h.score) for groups in searches]
 
 
-def _grow(groups: list[Group], log_p: Tensor, carried: Rows, step: int, max_new_tokens: int) -> list[tuple[int, int]]:
-    """One step of a request, log_p (its rows, V): its new running beams as (row, token), and what has ended noted."""
+def _grow(
+    groups: list[Group], log_p: Tensor, own: Tensor, carried: Rows, step: int, max_new_tokens: int
+) -> list[tuple[int, int]]:
+    """One step of a request, log_p (its rows, V), `own` the model's logits behind it: its new running beams as (row,
+    token), and what has ended noted."""
     decoding = carried.decoding
     taken = log_p.new_zeros(log_p.shape[-1])
     found: list[tuple[int, int]] = []
@@ -97,8 +103,9 @@ def _grow(groups: list[Group], log_p: Tensor, carried: Rows, step: int, max_new_
     for group in groups:
         if not group.running:
             continue
-        rows = log_p[first : first + len(group.running)] if step > 1 else log_p
         base = first if step > 1 else 0
+        its = slice(base, base + len(group.running))
+        rows = log_p[its]
         first += len(group.running)
         scores = torch.tensor([h.score for h in group.running], device=rows.device)[:, None] + rows
         scores = scores - decoding.diversity_penalty * taken
@@ -107,11 +114,11 @@ def _grow(groups: list[Group], log_p: Tensor, carried: Rows, step: int, max_new_
         running: list[Hypothesis] = []
         chosen: list[tuple[int, int]] = []
         said: list[int] = []
-        for rank, (row, longer) in enumerate(_best(group, scores, count, carried, step)):
+        for rank, (row, longer) in enumerate(_best(group, scores, own[its], count, carried, step)):
             token, ends = longer.ids[-1], carried.ends(longer.ids) or step == max_new_tokens
             if ends and rank < group.size:
                 score = longer.score / step**decoding.length_penalty + _reward(longer.ids, carried)
-                group.end(Hypothesis(score, longer.ids))
+                group.end(Hypothesis(score, longer.ids, longer.logprobs))
                 said.append(token)
             if not ends and len(running) < group.size:
                 running.append(longer)
@@ -127,14 +134,20 @@ def _grow(groups: list[Group], log_p: Tensor, carried: Rows, step: int, max_new_
     return found
 
 
-def _best(group: Group, scores: Tensor, count: int, carried: Rows, step: int) -> list[tuple[int, Hypothesis]]:
+def _best(
+    group: Group, scores: Tensor, own: Tensor, count: int, carried: Rows, step: int
+) -> list[tuple[int, Hypothesis]]:
     """The `count` best continuations (beam, hypothesis) of scores (beams, V), best first; by reward where it is due."""
     best, places = scores.flatten().topk(count)
+    rows, tokens = places // scores.shape[-1], (places % scores.shape[-1]).tolist()
+    top = carried.decoding.logprobs
+    likely = [] if top is None else likelihoods(own[rows], tokens, top)
     found: list[tuple[int, Hypothesis]] = []
-    for score, place in zip(best.tolist(), places.tolist(), strict=True):
+    for rank, (score, row, token) in enumerate(zip(best.tolist(), rows.tolist(), tokens, strict=True)):
         if score > float("-inf"):
-            row, token = divmod(place, scores.shape[-1])
-            found.append((row, Hypothesis(score, [*group.running[row].ids, token])))
+            before = group.running[row]
+            logprobs = [*before.logprobs, likely[rank]] if likely else []
+            found.append((row, Hypothesis(score, [*before.ids, token], logprobs)))
     if carried.decoding.reward is not None and step % carried.decoding.reward_every == 0:
         found.sort(key=lambda each: -(each[1].score + _reward(each[1].ids, carried)))
     return found

@@ -17,13 +17,18 @@ from torch import Tensor
 
 from mm.tokenizers.text import TextTokenizer
 
+# JSON allows white space without end, and a model that likes it (a small one, or random weights) would write nothing
+# else. This much is enough for indented JSON; a schema's own "x-guidance" may say otherwise.
+_JSON_SPACE = {"whitespace_flexible": True, "whitespace_pattern": r"(\n {0,16}| )?"}
+
 
 @dataclass(frozen=True)
 class Form:
     """What an answer must look like, all of it: one of
 
     regex        in the syntax of Rust's regex crate
-    json_schema  a JSON schema (as JSON text, or as what json.loads makes of it)
+    json_schema  a JSON schema (as JSON text, or as what json.loads makes of it); between its parts stands nothing, a
+                 space, or a line break with an indentation of up to 16
     grammar      Lark's syntax, as llguidance reads it
     """
 
@@ -48,7 +53,7 @@ class Form:
                 json.loads(text)
             except (ValueError, TypeError) as error:
                 raise ValueError(f"json_schema is not JSON: {error}") from error
-            grammar = matcher.grammar_from_json_schema(text)
+            grammar = matcher.grammar_from_json_schema(text, defaults=_JSON_SPACE)
         else:
             name, grammar = "grammar", matcher.grammar_from_lark(self.grammar)
         if error := matcher.validate_grammar(grammar, None):

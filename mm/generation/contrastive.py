@@ -7,6 +7,7 @@ from collections.abc import Collection
 import torch
 import torch.nn.functional as F
 
+from mm.generation.logprobs import likelihoods
 from mm.generation.options import Decoding
 from mm.generation.requests import GenerativeModel, Prompts, Step, Steps
 from mm.generation.rows import Rows
@@ -45,7 +46,7 @@ def contrastive_search(
         every = torch.arange(len(rows), device=device)
         chosen, hidden = candidates[every, best], hidden[every, best]
         ids = chosen.tolist()
-        yield Step(rows, ids)
+        yield Step(rows, ids, None if decoding.logprobs is None else likelihoods(logits, ids, decoding.logprobs))
         # The tails are of rows times candidates here: each row's own stands at its first.
         going = [place for place, token in enumerate(ids) if not carried.ends([*carried.tails[place * width], token])]
         if not going or step == max_new_tokens:

@@ -1,7 +1,6 @@
-"""The decoding loop: prompts are read once into a cache, then one token a step until every request has ended.
+"""Answers: of a list of chats in batches, of one chat as it is written, of ids. mm.generation.loop decodes them.
 
-`B` rows (requests decoded together), `T` positions, `V` vocabulary. A request gets in a batch what it gets alone: rows
-never see one another, and a row's random numbers come from its own seed.
+`B` rows (requests decoded together), `T` positions.
 """
 
 from __future__ import annotations
@@ -14,29 +13,23 @@ from typing import Literal, Unpack
 import torch
 from torch import Tensor
 
-from mm.generation.beams import beam_search
-from mm.generation.contrastive import contrastive_search
+from mm.generation.logprobs import TokenLogprob
+from mm.generation.loop import decode, steps
 from mm.generation.options import Decoding, Options
 from mm.generation.requests import (
     GenerativeModel,
     Prompts,
     Request,
-    Step,
-    Steps,
-    TokenLogprob,
     batches,
     check_at_least_one,
+    check_context,
     check_model,
     encode_requests,
     pad_right,
     request_generator,
     stop_ids,
 )
-from mm.generation.rows import Rows
-from mm.generation.sampling import INVALID
-from mm.generation.speculative import speculate
-from mm.generation.stopping import Cutter, cut_before
-from mm.tokenizers.text import StreamDecoder
+from mm.generation.speaker import Speaker
 from mm.types import Sample
 
 FinishReason = Literal["stop", "length"]
@@ -46,13 +39,17 @@ FinishReason = Literal["stop", "length"]
 class Generation:
     """An answer. `ids` are its tokens without the closing special; `text` ends before a stop string. `finish_reason` is
     "stop" when the model closed its turn or wrote a stop string, and "length" when `max_new_tokens` cut it;
-    `prompt_length` counts decoder positions, media included; `logprobs`, if asked for, are of `ids`, one each."""
+    `prompt_length` counts decoder positions, media included; `logprobs`, if asked for, are of `ids`, one each; `score`
+    is that of beam search (`mm.generation.beams.Hypothesis`), which counts the closing special too; `reasoning` is what
+    stood before `text` between the thinking tags, None where there were none. `ids` hold all of it."""
 
     text: str
     ids: list[int]
     finish_reason: FinishReason
     prompt_length: int
     logprobs: list[TokenLogprob] | None = None
+    score: float | None = None
+    reasoning: str | None = None
 
 
 def generate(
@@ -86,7 +83,7 @@ def generate(
     decoding = Decoding(**options)
     if decoding.draft is not None:
         batch_size = 1  # each request has a draft of its own length
-    requests = encode_requests(model, samples, seed, max_new_tokens, max_length)
+    requests = encode_requests(model, samples, seed, max_new_tokens, max_length, decoding.thinking)
     results: dict[int, Generation] = {}
     # A window of batches is encoded ahead and sorted: enough to find requests of like length, and never all the media.
     while window := list(itertools.islice(requests, 8 * batch_size)):
@@ -99,22 +96,23 @@ def generate(
 
 
 class Stream(Iterator[str]):
-    """One answer as it is written: an iterator of text pieces, whole characters each.
+    """One answer as it is written: an iterator of text pieces, whole characters each, without its `reasoning` so far.
 
-    `ids` grows as tokens come; `finish_reason` is None until the answer has ended. `close()` stops decoding at once and
-    frees the cache; dropping the stream does the same.
+    `ids` grows as tokens come, and so do their `logprobs` if asked for; `finish_reason` is None until the answer has
+    ended. `close()` stops decoding at once and frees the cache; dropping the stream does the same.
     """
 
     def __init__(self, model: GenerativeModel, request: Request, decoding: Decoding, max_new_tokens: int) -> None:
         self.ids: list[int] = []
+        self.logprobs: list[TokenLogprob] | None = None if decoding.logprobs is None else []
         self.finish_reason: FinishReason | None = None
         self.prompt_length = request.encoded.length
+        self._speaker = Speaker(model, decoding, request.opening)
         self._pieces = self._read(model, request, decoding, max_new_tokens)
 
     def _read(
         self, model: GenerativeModel, request: Request, decoding: Decoding, max_new_tokens: int
     ) -> Generator[str, None, None]:
-        decoder, cutter = StreamDecoder(model.tokenizer), Cutter(decoding.stop_strings)
         stops = stop_ids(model)
         reason: FinishReason = "length"
         for step in steps(model, Prompts.of(model, [request]), decoding, stops, max_new_tokens):
@@ -123,11 +121,17 @@ class Stream(Iterator[str]):
                 reason = "stop"
                 break
             self.ids.append(token)
-            if piece := cutter.push(decoder.push(token)):
+            if self.logprobs is not None and step.logprobs is not None:
+                self.logprobs.append(step.logprobs[0])
+            if piece := self._speaker.push(token):
                 yield piece
-        if piece := cutter.push(decoder.flush()) + cutter.flush():
+        if piece := self._speaker.flush():
             yield piece
-        self.finish_reason = "stop" if cutter.done else reason
+        self.finish_reason = "stop" if self._speaker.stopped else reason
+
+    @property
+    def reasoning(self) -> str | None:
+        return self._speaker.reasoning
 
     def __next__(self) -> str:
         return next(self._pieces)
@@ -154,7 +158,7 @@ def stream(
     decoding = Decoding(**options)
     if decoding.num_beams > 1:
         raise ValueError("num_beams: which beam is best is known when all have ended; use generate, or num_beams=1")
-    (request,) = encode_requests(model, [sample], seed, max_new_tokens, max_length)
+    (request,) = encode_requests(model, [sample], seed, max_new_tokens, max_length, decoding.thinking)
     return Stream(model, request, decoding, max_new_tokens)
 
 
@@ -166,6 +170,7 @@ def generate_ids(
     seed: int | Sequence[int] = 0,
     stop: Collection[int] | None = None,
     pad_id: int = 0,
+    max_length: int | None = None,
     **options: Unpack[Options],
 ) -> Tensor:
     """Continues text given as ids (B, T) int64: the new ids alone, (B, <= max_new_tokens) int64 on the model's device.
@@ -173,13 +178,18 @@ def generate_ids(
     `attention_mask` (B, T) is 1 at real tokens; padding may stand on either side. A row ends with the first id that is
     in `stop` (default: the template's closing special; an empty collection never stops), and `pad_id` fills it up to
     the longest row. `seed` is a whole number, from which each row's own is made with its number, or each row's own.
+    `max_length` bounds prompt plus answer.
 
     Raises ValueError as `generate` does, and for a row that has no token, naming it.
     """
     check_model(model)
-    check_at_least_one(max_new_tokens=max_new_tokens)
+    check_at_least_one(max_new_tokens=max_new_tokens, max_length=max_length)
     decoding = Decoding(**options)
+    if decoding.thinking is not None:
+        raise ValueError(f"thinking={decoding.thinking} is for chats; ids are continued as they are")
     ids, mask = pad_right(input_ids, attention_mask)
+    for row, length in enumerate(mask.sum(1).tolist()):
+        check_context(f"row {row} of input_ids", length, max_new_tokens, max_length)
     inputs = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
     rows = range(len(ids))
     prompts = Prompts(
@@ -190,7 +200,7 @@ def generate_ids(
     )
     stops = stop_ids(model) if stop is None else stop
     collected = decode(model, prompts, decoding, stops, max_new_tokens)
-    answers = [torch.tensor(ids) for ids, _ in collected]
+    answers = [torch.tensor(each.ids) for each in collected]
     return torch.nn.utils.rnn.pad_sequence(answers, batch_first=True, padding_value=pad_id).to(model.device)
 
 
@@ -200,92 +210,12 @@ def _answer(
     stops = stop_ids(model)
     answers: list[Generation] = []
     found = decode(model, Prompts.of(model, requests), decoding, stops, max_new_tokens)
-    for request, (ids, logprobs) in zip(requests, found, strict=True):
+    for request, (ids, logprobs, score) in zip(requests, found, strict=True):
         closed = ids[-1] in stops
         ids = ids[:-1] if closed else ids
-        whole = model.tokenizer.decode(ids)
-        text = cut_before(whole, decoding.stop_strings)
-        reason: FinishReason = "stop" if closed or len(text) < len(whole) else "length"
+        speaker = Speaker(model, decoding, request.opening)
+        text = speaker.whole(ids)
+        reason: FinishReason = "stop" if closed or speaker.stopped else "length"
         logprobs = None if logprobs is None else logprobs[: len(ids)]
-        answers.append(Generation(text, ids, reason, request.encoded.length, logprobs))
+        answers.append(Generation(text, ids, reason, request.encoded.length, logprobs, score, speaker.reasoning))
     return answers
-
-
-def decode(
-    model: GenerativeModel, prompts: Prompts, decoding: Decoding, stops: Collection[int], max_new_tokens: int
-) -> list[tuple[list[int], list[TokenLogprob] | None]]:
-    """The ids of each prompt's answer, the first that is in `stops` included; and how likely each was, if asked for."""
-    if decoding.num_beams > 1:
-        return [(best.ids, None) for best, *_ in beam_search(model, prompts, decoding, stops, max_new_tokens)]
-    collected: list[list[int]] = [[] for _ in prompts.names]
-    logprobs: list[list[TokenLogprob]] = [[] for _ in prompts.names]
-    for step in steps(model, prompts, decoding, stops, max_new_tokens):
-        for place, row in enumerate(step.rows):
-            collected[row].append(step.ids[place])
-            if step.logprobs is not None:
-                logprobs[row].append(step.logprobs[place])
-    asked = decoding.logprobs is not None
-    return [(ids, likely if asked else None) for ids, likely in zip(collected, logprobs, strict=True)]
-
-
-def steps(
-    model: GenerativeModel, prompts: Prompts, decoding: Decoding, stops: Collection[int], max_new_tokens: int
-) -> Steps:
-    """One yield a step. A row that got an id in `stops` is not in the next; the loop ends with the last row.
-
-    Raises ValueError naming the row when its logits are no numbers.
-    """
-    if decoding.draft is not None:
-        return _in_turn(speculate, model, prompts, decoding, stops, max_new_tokens)
-    method = _one_by_one if decoding.penalty_alpha is None else contrastive_search
-    return method(model, prompts, decoding, stops, max_new_tokens)
-
-
-def _in_turn(
-    method: Callable[..., Steps],
-    model: GenerativeModel,
-    prompts: Prompts,
-    decoding: Decoding,
-    stops: Collection[int],
-    max_new_tokens: int,
-) -> Steps:
-    """A method that knows one prompt at a time, for several."""
-    for row, alone in enumerate(prompts.alone()):
-        for step in method(model, alone, decoding, stops, max_new_tokens):
-            yield step._replace(rows=[row])
-
-
-@torch.inference_mode()
-def _one_by_one(
-    model: GenerativeModel, prompts: Prompts, decoding: Decoding, stops: Collection[int], max_new_tokens: int
-) -> Steps:
-    """Greedy decoding and sampling: each token is chosen from the model's distribution, and that is that."""
-    carried = Rows(model, prompts, decoding, stops)
-    logits = carried.read()
-    rows = list(range(len(prompts.names)))
-    for step in range(1, max_new_tokens + 1):
-        chosen = decoding.choose(carried.mask(logits), [prompts.generators[row] for row in rows], carried.history)
-        ids = chosen.tolist()  # the one wait for the device in a step
-        if INVALID in ids:
-            prompts.refuse(rows[ids.index(INVALID)], step)
-        yield Step(rows, ids, None if decoding.logprobs is None else _logprobs(logits, ids, decoding.logprobs))
-        going = carried.going(ids)
-        if not going or step == max_new_tokens:
-            return
-        if len(going) < len(rows):
-            kept = torch.tensor(going, device=chosen.device)
-            carried.keep(kept)
-            chosen, rows = chosen[kept], [rows[place] for place in going]
-        logits = carried.step(chosen)
-
-
-def _logprobs(logits: Tensor, ids: list[int], top: int) -> list[TokenLogprob]:
-    """Of each row of logits (B, V) the log probability of its id, and the `top` likeliest."""
-    log_p = logits.log_softmax(-1)
-    best, places = log_p.topk(min(top, log_p.shape[-1]), dim=-1)
-    chosen = log_p.gather(1, torch.tensor(ids, device=log_p.device)[:, None])[:, 0].tolist()
-    alternatives = zip(places.tolist(), best.tolist(), strict=True)
-    return [
-        TokenLogprob(token, value, list(zip(*pairs, strict=True)))
-        for token, value, pairs in zip(ids, chosen, alternatives, strict=True)
-    ]

@@ -9,6 +9,7 @@ from typing import Any, Literal, TypedDict
 from mm.generation.caches.choose import check
 from mm.generation.constraints import Form
 from mm.generation.sampling import Sampler
+from mm.generation.steering import Steering
 
 
 class Options(TypedDict, total=False):
@@ -33,8 +34,10 @@ class Options(TypedDict, total=False):
     penalty_alpha: float | None
     amateur: Any
     amateur_alpha: float
+    steer: Steering | None
+    thinking: bool | None
     thinking_budget: int | None
-    thinking_tags: tuple[str, str]
+    thinking_tags: tuple[str, str] | None
     stop_strings: Sequence[str]
     logprobs: int | None
     regex: str | None
@@ -63,9 +66,13 @@ class Decoding(Sampler):
     amateur            contrastive decoding (Li et al. 2023, arXiv 2210.15097): a smaller model with the same tokenizer;
                        what counts is how much likelier a token is than to it, among those with at least `amateur_alpha`
                        times the probability of the likeliest
-    thinking_budget    so many tokens between the `thinking_tags`, then the closing one, and the answer
+    steer              towards attributes, by moving what is kept of the past: mm.generation.steering.Steering
+    thinking           chats of models with both modes: True reasons before the answer, False answers at once, None is
+                       as the model's template has it. Reasoning is apart from the answer's text
+    thinking_budget    so many tokens between the `thinking_tags` (default: the template's), then the closing one, and
+                       the answer
     stop_strings       the answer ends before the first of them
-    logprobs           also say how likely each token was, and so many of the likeliest at its place
+    logprobs           also say how likely the model itself held each token, and so many of the likeliest at its place
     regex              the whole answer matches it;  json_schema, grammar: as in mm.generation.constraints.Form
     draft              speculative decoding: a smaller model with the same tokenizer, "lookup" (what followed the same
                        words before) or "mtp" (the model's own prediction modules) proposes `draft_length` tokens, which
@@ -86,8 +93,10 @@ class Decoding(Sampler):
     penalty_alpha: float | None = None
     amateur: Any = None
     amateur_alpha: float = 0.1
+    steer: Steering | None = None
+    thinking: bool | None = None
     thinking_budget: int | None = None
-    thinking_tags: tuple[str, str] = ("<think>", "</think>")
+    thinking_tags: tuple[str, str] | None = None
     stop_strings: Sequence[str] = ()
     logprobs: int | None = None
     regex: str | None = None
@@ -136,11 +145,15 @@ class Decoding(Sampler):
                 raise ValueError("penalty_alpha chooses among the top_k likeliest tokens: give top_k from 2 up (say 4)")
         if not 0 < self.amateur_alpha <= 1:
             raise ValueError(f"amateur_alpha={self.amateur_alpha}: give a share above 0 and at most 1")
+        if self.steer is not None and not isinstance(self.steer, Steering):
+            raise ValueError(f"steer={self.steer!r}: give a mm.generation.steering.Steering")
         if isinstance(self.draft, str) and self.draft not in ("lookup", "mtp"):
             raise ValueError(f"draft={self.draft!r}: give 'lookup', 'mtp' or a model")
         if self.thinking_budget is not None and (isinstance(self.thinking_budget, bool) or self.thinking_budget < 0):
             raise ValueError(f"thinking_budget={self.thinking_budget}: give a number of tokens from 0 up")
-        if len(self.thinking_tags) != 2 or not all(self.thinking_tags):
+        if self.thinking not in (True, False, None):
+            raise ValueError(f"thinking={self.thinking!r}: give True, False or None (as the template has it)")
+        if self.thinking_tags is not None and (len(self.thinking_tags) != 2 or not all(self.thinking_tags)):
             raise ValueError(f"thinking_tags={self.thinking_tags!r}: give the opening and the closing one")
         if isinstance(self.stop_strings, str) or not all(isinstance(s, str) and s for s in self.stop_strings):
             raise ValueError(f"stop_strings={self.stop_strings!r}: give a list of strings, none of them empty")
@@ -153,13 +166,16 @@ SWITCHES: dict[str, Callable[[Decoding], bool]] = {
     "penalty_alpha": lambda d: d.penalty_alpha is not None,
     "draft": lambda d: d.draft is not None,
     "amateur": lambda d: d.amateur is not None,
+    "steer": lambda d: d.steer is not None,
     "logprobs": lambda d: d.logprobs is not None,
+    "thinking=False": lambda d: d.thinking is False,
     "thinking_budget": lambda d: d.thinking_budget is not None,
     "regex, json_schema or grammar": lambda d: d.form is not None,
     "temperature": lambda d: not d.greedy,
     "top_p, min_p or typical_p": lambda d: any(each is not None for each in (d.top_p, d.min_p, d.typical_p)),
     "top_k": lambda d: d.top_k is not None,
     "a cache that loses tokens": lambda d: d.cache not in ("dynamic", "int8", "int4"),
+    "a cache other than dynamic": lambda d: d.cache != "dynamic",
 }
 SEARCHES = "it searches for the best and draws nothing"
 OTHERWISE = "it decodes in a way of its own, not token by token"
@@ -175,9 +191,11 @@ REFUSED: dict[tuple[str, str], str] = {
     ("draft", "amateur"): "a draft is checked against the model itself",
     ("draft", "a cache that loses tokens"): "a draft's tokens are taken back; use cache dynamic, int8 or int4",
     ("amateur", "penalty_alpha"): "they are two methods",
+    ("steer", "num_beams"): OTHERWISE,
+    ("steer", "penalty_alpha"): OTHERWISE,
+    ("steer", "draft"): "a draft is checked against the model itself",
+    ("steer", "amateur"): "they are two methods",
+    ("steer", "a cache other than dynamic"): "steering moves what is kept of the past, so it must be there as it was",
+    ("thinking=False", "thinking_budget"): "without reasoning there is nothing to budget",
     ("thinking_budget", "regex, json_schema or grammar"): "the form is that of the whole answer, reasoning included",
-    ("logprobs", "num_beams"): OTHERWISE,
-    ("logprobs", "penalty_alpha"): OTHERWISE,
-    ("logprobs", "draft"): OTHERWISE,
-    ("logprobs", "amateur"): "what is drawn from is no distribution of the model's",
 }

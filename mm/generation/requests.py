@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, NoReturn, Protocol
 
 import torch
@@ -13,17 +13,9 @@ from torch import Tensor
 from mm.datasets.chat_template import ChatTemplate
 from mm.datasets.packing import collate
 from mm.datasets.processor import Encoded, Processor
+from mm.generation.logprobs import TokenLogprob
 from mm.tokenizers.text import TextTokenizer
 from mm.types import MediaSpec, Sample
-
-
-class TokenLogprob(NamedTuple):
-    """A token's log probability under the model itself, before penalties, temperature and filters; and the likeliest
-    tokens at its place, (id, log probability), best first."""
-
-    id: int
-    logprob: float
-    top: list[tuple[int, float]]
 
 
 class Step(NamedTuple):
@@ -71,16 +63,26 @@ class Request:
     encoded: Encoded
     generator: torch.Generator
 
+    @property
+    def opening(self) -> Tensor:
+        """The ids (n,) with which the template opened the answer's turn."""
+        return self.encoded.ids[len(self.encoded.ids) - self.encoded.opened :]
+
 
 @dataclass
 class Prompts:
     """Rows to be continued together: what the model is called with, each row's ids (T,) int64 (media slots below 0),
-    what error messages call it, and its own random numbers."""
+    what error messages call it, and its own random numbers. `openings` are the ids with which the template opened each
+    answer's turn; by default a row's ids, which came without a template."""
 
     inputs: dict[str, Any]
     ids: list[Tensor]
     names: list[str]
     generators: list[torch.Generator]
+    openings: list[Tensor] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.openings = self.openings or self.ids
 
     @staticmethod
     def of(model: GenerativeModel, requests: Sequence[Request]) -> Prompts:
@@ -90,6 +92,7 @@ class Prompts:
             [request.encoded.ids for request in requests],
             [request.name for request in requests],
             [request.generator for request in requests],
+            [request.opening for request in requests],
         )
 
     def alone(self) -> Iterator[Prompts]:
@@ -153,8 +156,10 @@ def encode_requests(
     seed: int | Sequence[int],
     max_new_tokens: int,
     max_length: int | None,
+    thinking: bool | None = None,
 ) -> Iterator[Request]:
-    """Encodes the samples one by one, as they are asked for: media of a long list are never all in memory.
+    """Encodes the samples one by one, as they are asked for: media of a long list are never all in memory. `thinking`
+    is that of `ChatTemplate.render`.
 
     Raises ValueError naming the sample: no content, branches, the assistant's turn last, a kind of media that the model
     does not take, too long a context; MediaError naming the file.
@@ -162,15 +167,27 @@ def encode_requests(
     # No length limit: a prompt is never shortened behind the caller's back. Too long is an error instead.
     processor = Processor(model.tokenizer, model.template, model.media_specs(), max_length=None)
     for index, sample in enumerate(samples):
-        if not any(message["content"] for message in sample.messages):
+        if not any(_says_something(message.get("content")) for message in sample.messages):
             raise ValueError(f"sample {sample.key}: the prompt is empty; give it a message with text or media")
-        encoded = processor.encode(sample, generation_prompt=True)
-        if max_length is not None and encoded.length + max_new_tokens > max_length:
-            raise ValueError(
-                f"sample {sample.key}: a prompt of {encoded.length} positions and max_new_tokens={max_new_tokens} "
-                f"exceed the context of {max_length}; shorten the chat, its media or the answer"
-            )
+        encoded = processor.encode(sample, generation_prompt=True, thinking=thinking)
+        check_context(f"sample {sample.key}", encoded.length, max_new_tokens, max_length)
         yield Request(index, f"sample {sample.key}", encoded, request_generator(seed, index, sample.key))
+
+
+def _says_something(content: Any) -> bool:
+    """Whether a message has any text or media."""
+    if isinstance(content, str) or not isinstance(content, Sequence):
+        return bool(content)
+    return any(part.get("type") != "text" or part.get("text") for part in content if isinstance(part, dict))
+
+
+def check_context(name: str, length: int, max_new_tokens: int, max_length: int | None) -> None:
+    """Raises ValueError, beginning with `name`, for a prompt that leaves no room for its answer in the context."""
+    if max_length is not None and length + max_new_tokens > max_length:
+        raise ValueError(
+            f"{name}: a prompt of {length} positions and max_new_tokens={max_new_tokens} exceed the context of "
+            f"{max_length}; shorten the chat, its media or the answer"
+        )
 
 
 def request_generator(seed: int | Sequence[int], index: int, key: str) -> torch.Generator:

@@ -26,8 +26,8 @@ class Shaper:
         self.tails: list[list[int]] = [[] for _ in prompts.ids]
         # Tokens that may spell a stop string: one a byte, and some before it that begin in the middle of a character.
         self.reach = max((len(string.encode()) for string in decoding.stop_strings), default=0) + 4
-        budget, tags = decoding.thinking_budget, decoding.thinking_tags
-        self.thinking = None if budget is None else ThinkingBudget(model.tokenizer, prompts.ids, budget, tags)
+        budget, tags = decoding.thinking_budget, decoding.thinking_tags or model.template.thinking_tags
+        self.thinking = None if budget is None else ThinkingBudget(model.tokenizer, prompts.openings, budget, tags)
         form = decoding.form
         self.constraint = None if form is None else Constraint(form, model.tokenizer, stops, len(prompts.ids))
 
@@ -77,7 +77,12 @@ class Shaper:
 
 
 class Rows(Shaper):
-    """The same with the rows' cache and, where asked for, the model to be contrasted with."""
+    """The same with the rows' cache and, where asked for, the model to be contrasted with.
+
+    `own` are the model's own logits (B, V) of the last `read` or `step`, whatever is made of them.
+    """
+
+    own: Tensor
 
     def __init__(self, model: GenerativeModel, prompts: Prompts, decoding: Decoding, stops: Collection[int]) -> None:
         super().__init__(model, prompts, decoding, stops)
@@ -89,7 +94,7 @@ class Rows(Shaper):
 
     def read(self) -> Tensor:
         """The logits (B, V) float32 after the prompts."""
-        logits = read(self.model, self.prompts, self.cache)
+        self.own = logits = read(self.model, self.prompts, self.cache)
         self.begin(logits)
         if self.amateur is None:
             return logits
@@ -98,7 +103,7 @@ class Rows(Shaper):
     def step(self, ids: Tensor) -> Tensor:
         """Reads one more token (B,) in each row -> logits (B, V) float32."""
         self.push(ids)
-        logits = self.model.step(ids, self.cache).float()
+        self.own = logits = self.model.step(ids, self.cache).float()
         if self.amateur is None:
             return logits
         return self._contrast(logits, self.amateur.step(ids, self.amateur_cache).float())

@@ -14,7 +14,8 @@ from typing import Any, Unpack
 
 import torch
 
-from mm.generation.engine import Generation, decode, generate
+from mm.generation.engine import Generation, generate
+from mm.generation.loop import decode
 from mm.generation.options import Decoding, Options
 from mm.generation.requests import (
     GenerativeModel,
@@ -26,7 +27,7 @@ from mm.generation.requests import (
     request_generator,
     stop_ids,
 )
-from mm.generation.stopping import cut_before
+from mm.generation.speaker import Speaker
 from mm.types import Sample
 
 Scorer = Callable[[Sample, str], float]
@@ -193,7 +194,7 @@ class TreeSearch:
         self.model, self.sample, self.scorer = model, sample, scorer
         self.chunk, self.width, self.exploration, self.max_new_tokens = chunk, width, exploration, max_new_tokens
         self.stops = stop_ids(model)
-        (self.request,) = encode_requests(model, [sample], seed, max_new_tokens, None)
+        (self.request,) = encode_requests(model, [sample], seed, max_new_tokens, None, self.decoding.thinking)
         self.root = Node([], ended=False)
         self.scored: list[Scored] = []
         self.drawn = 0  # random streams used so far
@@ -208,7 +209,7 @@ class TreeSearch:
                 self._expand(leaf)
             leaves = leaf.children or [leaf]
             for child, ids in zip(leaves, self._play_out(leaves), strict=True):
-                text = cut_before(self.model.tokenizer.decode(ids), self.decoding.stop_strings)
+                text = Speaker(self.model, self.decoding, self.request.opening).whole(ids)
                 score = self.scorer(self.sample, text)
                 child.update(score)
                 self.scored.append(Scored(text, score))
@@ -248,7 +249,7 @@ class TreeSearch:
             return [[] for _ in nodes]
         requests = [self._continued(node.ids) for node in nodes]
         found = decode(self.model, Prompts.of(self.model, requests), self.decoding, self.stops, room)
-        return [ids for ids, _ in found]
+        return [each.ids for each in found]
 
     def _continued(self, ids: list[int]) -> Request:
         """The prompt with the beginning of an answer, and random numbers that nobody else has."""
@@ -266,4 +267,5 @@ def extended(encoded: Any, ids: list[int]) -> Any:
         labels=torch.cat([encoded.labels, torch.full_like(new, -100)]),
         branch_ids=torch.cat([encoded.branch_ids, torch.zeros_like(new)]),
         length=encoded.length + len(ids),
+        opened=encoded.opened + len(ids),
     )

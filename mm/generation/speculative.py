@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mm.decoder.cache import Cache
+from mm.generation.logprobs import likelihoods
 from mm.generation.options import Decoding
 from mm.generation.requests import GenerativeModel, Prompts, Step, Steps, read, same_tokenizer
 from mm.generation.rows import Rows
@@ -84,9 +85,11 @@ def speculate(
         if hidden is not None:
             cache.drop_last(len(draft.ids) - len(new) + 1)
             drafter.settle([*answer, *new], hidden[:, : len(new)])
-        for token in new:
+        top = decoding.logprobs
+        likely = [] if top is None else likelihoods(logits[: len(new)], new, top)
+        for place, token in enumerate(new):
             answer.append(token)
-            yield Step([0], [token])
+            yield Step([0], [token], likely[place : place + 1] or None)
             if carried.ends(answer) or len(answer) == max_new_tokens:
                 return
         draft = drafter.propose(answer, min(decoding.draft_length, max_new_tokens - len(answer) - 1), carried.history)

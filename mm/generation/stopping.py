@@ -11,6 +11,11 @@ def cut_before(text: str, strings: Sequence[str]) -> str:
     return text[: min(places)] if places else text
 
 
+def begun(text: str, strings: Sequence[str]) -> int:
+    """How many characters at the end of the text one of the strings may begin with."""
+    return max((n for string in strings for n in range(1, len(string)) if text.endswith(string[:n])), default=0)
+
+
 class Cutter:
     """The same for text that comes in pieces: each `push` gives what no stop string can begin in any more."""
 
@@ -26,11 +31,9 @@ class Cutter:
         if len(whole) < len(text):
             self.done, self._held = True, ""
             return whole
-        begun = max(
-            (n for string in self._strings for n in range(1, len(string)) if text.endswith(string[:n])), default=0
-        )
-        self._held = text[len(text) - begun :]
-        return text[: len(text) - begun]
+        given = len(text) - begun(text, self._strings)
+        self._held = text[given:]
+        return text[:given]
 
     def flush(self) -> str:
         """What was held back, where no stop string came of it."""

@@ -15,7 +15,8 @@ from mm.types import Batch, MediaSpec, Sample
 
 
 class ScriptedModel(nn.Module):
-    """Answers each sample with `script(sample)` and then closes its turn. Takes batches with one sample a row, not ids.
+    """Answers each sample with `script(sample)`, text or ids, and then closes its turn. Takes batches with one sample a
+    row, not ids.
 
     `rows_per_step` records how many rows each step after the prompt decoded.
     """
@@ -23,7 +24,7 @@ class ScriptedModel(nn.Module):
     def __init__(
         self,
         tokenizer: TextTokenizer,
-        script: Callable[[Sample], str],
+        script: Callable[[Sample], str | list[int]],
         specs: dict[Any, MediaSpec] | None = None,
         template: ChatTemplate | None = None,
     ) -> None:
@@ -43,8 +44,9 @@ class ScriptedModel(nn.Module):
         return ScriptCache()
 
     def forward(self, batch: Batch, cache: ScriptCache) -> SimpleNamespace:
-        end = self.tokenizer.special(self.template.end)
-        cache.left = [[*self.tokenizer.encode(self.script(sample)), end] for (sample,) in batch.samples]
+        end = min(self.template.stop_ids(self.tokenizer))
+        said = [self.script(sample) for (sample,) in batch.samples]
+        cache.left = [[*(self.tokenizer.encode(each) if isinstance(each, str) else each), end] for each in said]
         hidden = torch.zeros(*batch.input_ids.shape, self.tokenizer.vocab_size)
         mask = batch.document_ids > 0
         hidden[torch.arange(len(mask)), mask.sum(1) - 1] = self._next(cache)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from mm.datasets.chat_template import tag_ids
 from mm.tokenizers.text import TextTokenizer
 
 
@@ -23,25 +24,23 @@ class Span:
 
 class ThinkingBudget:
     """Holds each row's reasoning between the two tags to `budget` tokens: what comes next is then the closing tag,
-    token by token. A budget of 0 closes every span as it opens. A prompt may have opened one already.
+    token by token. A budget of 0 closes every span as it opens. What opened the answers' turns (`openings`, ids (n,) of
+    each row) may have opened one already.
 
-    Tags are special tokens where the tokenizer has them, text otherwise. Raises ValueError for a negative budget.
+    Tags are special tokens where the tokenizer has them, text otherwise.
     """
 
-    def __init__(self, tokenizer: TextTokenizer, prompts: Sequence[Tensor], budget: int, tags: tuple[str, str]) -> None:
+    def __init__(
+        self, tokenizer: TextTokenizer, openings: Sequence[Tensor], budget: int, tags: tuple[str, str]
+    ) -> None:
         self._budget = budget
-        self._opening, self._closing = (
-            [tokenizer.specials[tag]] if tag in tokenizer.specials else tokenizer.encode(tag) for tag in tags
-        )
+        self._opening, self._closing = (tag_ids(tokenizer, tag) for tag in tags)
         self._reach = max(len(self._opening), len(self._closing))
         self._rows: list[Span] = []
-        for prompt in prompts:
-            span = Span()
-            for token in prompt.tolist():
-                self._note(span, token)
-            span.spent = 0  # what the prompt has thought is not the answer's
-            span.forced = list(self._closing) if span.inside and not budget else []
-            self._rows.append(span)
+        for opening in openings:
+            inside = is_open(tokenizer, opening, tags)
+            forced = list(self._closing) if inside and not budget else []
+            self._rows.append(Span(opening.tolist()[-self._reach :], inside, forced=forced))
 
     def mask(self, logits: Tensor) -> Tensor:
         """(B, V) -> (B, V): rows that must go on with a certain id have all others at -inf."""
@@ -73,3 +72,13 @@ class ThinkingBudget:
             span.inside = span.tail[-len(self._closing) :] != self._closing
         elif span.tail[-len(self._opening) :] == self._opening:
             span.inside, span.spent = True, 0
+
+
+def is_open(tokenizer: TextTokenizer, ids: Tensor, tags: tuple[str, str]) -> bool:
+    """Whether ids (n,) end within a span: by the tags' specials where the tokenizer has both, by the text otherwise."""
+    specials = [tokenizer.specials.get(tag) for tag in tags]
+    if None not in specials:
+        known = [specials.index(token) for token in ids.tolist() if token in specials]
+        return known[-1:] == [0]
+    text = tokenizer.decode(ids[ids >= 0].tolist())
+    return text.rfind(tags[0]) > text.rfind(tags[1])

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mm.evaluation.respond import continue_texts, cut_at, seed_of
+from mm.evaluation.respond import continue_texts, seed_of
 from mm.evaluation.shared_media import generate_shared
 from mm.generation.engine import generate
 from mm.generation.options import Options
+from mm.generation.stopping import cut_before
 from mm.types import Sample
 
 DEFAULT_LENGTH = 256  # tokens, where a task states none
@@ -38,18 +39,19 @@ def answer(
         groups.setdefault(_settings(given, length_key), []).append(index)
     texts: dict[int, str] = {}
     for (length, temperature, top_p, top_k, until), indices in groups.items():
+        stop = [text for text in until if text]  # an empty one ends every answer before it begins: below
         asked = [samples[index] for index in indices]
         if plain:
-            found = continue_texts(model, asked, length, temperature=temperature, batch_size=batch_size)
+            found = continue_texts(model, asked, length, temperature=temperature, stop=stop, batch_size=batch_size)
         elif temperature:
             seeds = [seed_of(sample) for sample in asked]
-            sampling: Options = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+            sampling: Options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "stop_strings": stop}
             given = generate(model, asked, length, seed=seeds, batch_size=batch_size, **sampling)
             found = [one.text for one in given]
         else:
             greedy = generate_shared(model, asked, max_new_tokens=length, batch_size=batch_size)
             found = [one.text for one in greedy]
-        texts |= {index: cut_at(text, until) for index, text in zip(indices, found, strict=True)}
+        texts |= {index: cut_before(text, until) for index, text in zip(indices, found, strict=True)}
     return [texts[index] for index in range(len(samples))]
 
 

@@ -40,6 +40,16 @@ def test_options_may_stand_anywhere_and_media_keep_their_order(run, model_dir, f
     assert run(model_dir, "what?", *order) == expected
 
 
+def test_thinking_can_be_turned_off(run, model_dir, model):
+    """The prompt ends with an empty block; the model has the compact template, and its tags are text."""
+    prompts = []
+    model.register_forward_pre_hook(lambda module, args, kwargs: prompts.append(kwargs["batch"]), with_kwargs=True)
+    for more in ((), ("--thinking", "on"), ("--thinking", "off")):
+        assert run(model_dir, *more, "hi")[0] == 0
+    texts = [model.tokenizer.decode(batch.input_ids[0].tolist()) for batch in prompts]
+    assert texts == ["hi", "hi", "hi<think>\n\n</think>\n\n"]
+
+
 def test_piped_text_is_a_question(run, model_dir, files):
     assert run(model_dir, stdin="hello\n") == (0, "#1 hello\n", "")
     assert run(model_dir, "--image", files["cat.png"], stdin="what?\nwell?") == (

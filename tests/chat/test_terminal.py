@@ -33,6 +33,13 @@ def test_a_chat(chat, files):
     assert "never read" not in shown
 
 
+def test_thoughts_are_shown_when_asked_for(chat, tokenizer):
+    chat.session = ChatSession(ScriptedModel(tokenizer, lambda sample: "<think>so\x1b[2J far</think>\nred"))
+    shown = chat("/thoughts", "what?", "/thoughts", "/help")
+    assert shown.index("(none)") < shown.index("red") < shown.index("so[2J far")
+    assert "<think>" not in shown and "what the model thought" in shown
+
+
 def test_end_of_input_leaves(chat):
     assert "#1 hello" in chat("hello")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import yaml
@@ -167,6 +168,56 @@ def test_generation_prompt_is_what_training_showed_before_the_answer() -> None:
         assert (prompt.labels == IGNORE).all()
 
 
+THOUGHT = {"role": "assistant", "content": "a", "reasoning_content": "hm"}
+
+
+def test_reasoning_stands_before_the_answer_to_the_last_question() -> None:
+    """And is learned with it; where a user has spoken again, it is gone."""
+    template = ChatTemplate("compact")
+    last = template.render(Sample("k", [user("q"), THOUGHT]), Letters())
+    assert spell(last.ids.tolist()) == "<|user|>q<|end|><|assistant|><think>\nhm\n</think>\n\na<|end|>"
+    assert supervised(last) == "<think>\nhm\n</think>\n\na<|end|>"
+    earlier = template.render(Sample("k", [user("q"), THOUGHT, user("r"), THOUGHT]), Letters())
+    assert spell(earlier.ids.tolist()) == (
+        "<|user|>q<|end|><|assistant|>a<|end|><|user|>r<|end|><|assistant|><think>\nhm\n</think>\n\na<|end|>"
+    )
+    prompt = template.render(Sample("k", [user("q"), THOUGHT, user("r")]), Letters(), generation_prompt=True)
+    assert spell(prompt.ids.tolist()) == "<|user|>q<|end|><|assistant|>a<|end|><|user|>r<|end|><|assistant|>"
+
+
+def test_a_branch_has_the_reasoning_of_a_chat_of_its_own() -> None:
+    sample = Sample("k", [user("q"), THOUGHT], [], [[user("r"), THOUGHT], [user("s"), assistant("b")]])
+    elements = ChatTemplate("compact").render(sample, Letters())
+    assert spell(elements.ids[elements.branch_ids < 2].tolist()) == spell(
+        ChatTemplate("compact").render(single_branch(sample, 0), Letters()).ids.tolist()
+    )
+
+
+@pytest.mark.parametrize("style", ["compact", "chatml"])
+def test_thinking_off_is_what_training_showed_before_an_answer_without(style: Literal["compact", "chatml"]) -> None:
+    """An empty block, given and not learned; on is as if nothing were said."""
+    template, chat = ChatTemplate(style), [user("q"), THOUGHT | {"reasoning_content": ""}]
+    whole = template.render(Sample("k", chat), Letters())
+    off, on, plain = (
+        template.render(Sample("k", chat[:1]), Letters(), generation_prompt=True, thinking=thinking)
+        for thinking in (False, True, None)
+    )
+    first_answer = int((whole.labels != IGNORE).nonzero()[0])
+    assert off.ids.tolist() == whole.ids[:first_answer].tolist()
+    assert spell(off.ids.tolist()) == spell(plain.ids.tolist()) + "<think>\n\n</think>\n\n"
+    assert on.ids.equal(plain.ids)
+    assert off.turns[-1].stop == len(off.ids) and not off.turns[-1].closed
+
+
+def test_tags_are_specials_where_there_are_any() -> None:
+    tokenizer = TextTokenizer.train(["hm"], 263).with_specials(["<think>", "</think>"])
+    sample = Sample("k", [user("<think>"), THOUGHT])
+    ids = ChatTemplate("compact").render(sample, tokenizer).ids.tolist()
+    assert [ids.count(tokenizer.special(tag)) for tag in ("<think>", "</think>")] == [1, 1]
+    start = ids.index(tokenizer.special("<think>"))
+    assert tokenizer.decode(ids[start:], skip_specials=False) == "<think>\nhm\n</think>\n\na<|end|>"
+
+
 def test_without_answer_strips_the_end_alone() -> None:
     sample = Sample("k", [user("q"), assistant("a"), user("r"), assistant("b"), assistant("c")])
     assert without_answer(sample).messages == sample.messages[:3]
@@ -193,6 +244,8 @@ def test_without_answer_strips_the_end_alone() -> None:
             "key7: image part names media None",
         ),
         (Sample("key7", [user(0)], [Media("audio", b"", "a.wav")]), "key7: image part names media 0, which is audio"),
+        (Sample("key7", [user("q") | {"reasoning_content": "hm"}]), "key7: reasoning_content .* the user's"),
+        (Sample("key7", [THOUGHT | {"reasoning_content": ["hm"]}]), "key7: reasoning_content is text"),
         (Sample("key7", [], [], [[{"role": "robot", "content": "x"}]]), "key7: role 'robot'"),
     ],
 )

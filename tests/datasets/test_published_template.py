@@ -119,3 +119,84 @@ def test_it_goes_to_loader_workers(tokenizer: TextTokenizer) -> None:
     before = made.render(sample(*CHAT), tokenizer).ids
     for other in (pickle.loads(pickle.dumps(made)), copy.deepcopy(made)):
         assert other.render(sample(*CHAT), tokenizer).ids.equal(before)
+
+
+# As Qwen3's template has it: reasoning stays only after the last question, and no thinking is an empty block.
+QWEN = (
+    "{%- set ns = namespace(last=-1) %}"
+    "{%- for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
+    "{%- for message in messages %}"
+    "{%- set content = message.content %}{% set reasoning = '' %}"
+    "{%- if message.reasoning_content is string %}{% set reasoning = message.reasoning_content %}"
+    "{%- elif '</think>' in content %}{% set reasoning = content.split('</think>')[0].split('<think>')[-1] %}"
+    "{%- set content = content.split('</think>')[-1].lstrip('\\n') %}{% endif %}"
+    "{{- '<|im_start|>' + message.role + '\\n' }}"
+    "{%- if message.role == 'assistant' and loop.index0 > ns.last and (loop.last or reasoning) %}"
+    "{{- '<think>\\n' + reasoning.strip('\\n') + '\\n</think>\\n\\n' }}{% endif %}"
+    "{{- content.lstrip('\\n') + '<|im_end|>\\n' }}{% endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}"
+    "{%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\\n\\n</think>\\n\\n' }}{% endif %}"
+    "{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def with_tags(tokenizer: TextTokenizer) -> TextTokenizer:
+    return tokenizer.with_specials(["<think>", "</think>"])
+
+
+def qwen(tokenizer: TextTokenizer) -> PublishedTemplate:
+    specials = ("<|im_start|>", "<|im_end|>", "<think>", "</think>")
+    return PublishedTemplate([tokenizer.special("<|im_end|>")], QWEN, specials)
+
+
+@pytest.mark.parametrize("thinking", [None, True, False])
+def test_thinking_is_the_templates_own_variable(with_tags: TextTokenizer, thinking: bool | None) -> None:
+    """And what was thought before an earlier answer is not in the prompt."""
+    said = CHAT[1] | {"reasoning_content": "hm"}
+    chat = sample(CHAT[0], said, CHAT[2])
+    elements = qwen(with_tags).render(chat, with_tags, generation_prompt=True, thinking=thinking)
+    end = "<think>\n\n</think>\n\n" if thinking is False else ""
+    assert with_tags.decode(elements.ids.tolist(), skip_specials=False) == (
+        "<|im_start|>user\nwhat color?<|im_end|>\n<|im_start|>assistant\nred<|im_end|>\n"
+        "<|im_start|>user\nhow many?<|im_end|>\n<|im_start|>assistant\n" + end
+    )
+    assert int((elements.ids == with_tags.special("<think>")).sum()) == (thinking is False)
+    assert (elements.turns[-1].role, elements.turns[-1].closed) == ("assistant", False)
+    opened = elements.ids[elements.turns[-1].start :].tolist()
+    assert with_tags.decode(opened, skip_specials=False) == "<|im_start|>assistant\n" + end
+
+
+@pytest.mark.parametrize(
+    ("content", "reasoning", "expected"),
+    [
+        ("red", "hm", "<think>\nhm\n</think>\n\nred"),
+        ("red", None, "<think>\n\n</think>\n\nred"),
+        ("red", "", "<think>\n\n</think>\n\nred"),
+        ("a</think>b", "x</think>y", "<think>\nx</think>y\n</think>\n\na</think>b"),  # spelled, and so text
+    ],
+)
+def test_reasoning_stands_before_the_last_answer(
+    with_tags: TextTokenizer, content: str, reasoning: str | None, expected: str
+) -> None:
+    thought = {} if reasoning is None else {"reasoning_content": reasoning}
+    elements = qwen(with_tags).render(sample(CHAT[0], {"role": "assistant", "content": content, **thought}), with_tags)
+    text = with_tags.decode(elements.ids.tolist(), skip_specials=False)
+    assert text == f"<|im_start|>user\nwhat color?<|im_end|>\n<|im_start|>assistant\n{expected}<|im_end|>\n"
+    assert int((elements.ids == with_tags.special("</think>")).sum()) == 1
+
+
+def test_a_template_without_the_switch_says_so(tokenizer: TextTokenizer) -> None:
+    contents = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    with pytest.raises(ValueError, match="sample s1: thinking=False, but the model's chat template has no variable"):
+        template(tokenizer, contents + "{# enable_thinking #}").render(sample(CHAT[0]), tokenizer, thinking=False)
+    other = template(tokenizer, contents + "{{ 'yes' if thinking else 'no' }}")  # as some call it
+    for thinking, end in ((True, "yes"), (False, "no"), (None, "no")):
+        ids = other.render(sample(CHAT[0]), tokenizer, thinking=thinking).ids.tolist()
+        assert tokenizer.decode(ids) == "what color?" + end
+
+
+def test_reasoning_of_a_user_is_refused(tokenizer: TextTokenizer) -> None:
+    for message in (CHAT[0] | {"reasoning_content": "hm"}, CHAT[1] | {"reasoning_content": 3}):
+        with pytest.raises(ValueError, match="sample s1: reasoning_content is text of an assistant's message"):
+            template(tokenizer).render(sample(message), tokenizer)

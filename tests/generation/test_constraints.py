@@ -149,3 +149,13 @@ def test_nonsense_is_named(model, options, message) -> None:
 def test_an_end_is_needed(model) -> None:
     with pytest.raises(ValueError, match="need an id to end answers"):
         generate_ids(model, torch.tensor([[40, 50]]), stop=[], regex="a")
+
+
+def test_a_model_that_likes_white_space_still_ends(model, monkeypatch) -> None:
+    """JSON allows white space without end."""
+    space = model.tokenizer.encode("\n")[0]
+    logits = model.decoder.logits
+    monkeypatch.setattr(model.decoder, "logits", lambda hidden: logits(hidden).index_fill(-1, torch.tensor([space]), 9))
+    found = answers(model, 4, json_schema=SCHEMA)
+    assert all(map(fits, found)) and any("\n" in answer for answer in found)
+    assert all(len(answer) < 400 for answer in found)

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mm.decoder.few_rows import Linear
 from mm.decoder.layout import Layout
 
 
@@ -22,9 +23,9 @@ class GatedCrossAttention(nn.Module):
             raise ValueError(f"GatedCrossAttention: width {width} is not a multiple of heads {heads}")
         self.heads = heads
         self.norm = nn.RMSNorm(width, eps=1e-6)
-        self.q = nn.Linear(width, width, bias=False)
-        self.kv = nn.Linear(width, 2 * width, bias=False)
-        self.out = nn.Linear(width, width, bias=False)
+        self.q = Linear(width, width, bias=False)
+        self.kv = Linear(width, 2 * width, bias=False)
+        self.out = Linear(width, width, bias=False)
         self.gate = nn.Parameter(torch.zeros(()))
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:

@@ -11,9 +11,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from mm.decoder.attention.backends import BACKENDS, Backend
+from mm.decoder.attention.backends import BACKENDS, Backend, sdpa
 from mm.decoder.attention.windows import LocalGlobal, StreamingSinks, seen
 from mm.decoder.cache import Cache
+from mm.decoder.few_rows import Linear
 from mm.decoder.init import Init
 from mm.decoder.layout import Layout
 from mm.decoder.norms import FullNorm, HeadNorm, RMSNorm
@@ -97,14 +98,17 @@ class GroupedAttention(nn.Module):
         self.scale = self.head_dim**-0.5 if scores.scale is None else scores.scale
         self.softcap = scores.softcap
         self.attend = BACKENDS[backend]
-        self.qkv = nn.Linear(width, (heads + 2 * kv_heads) * self.head_dim, bias=bias)
-        self.out = nn.Linear(heads * self.head_dim, width, bias=bias if out_bias is None else out_bias)
+        # A query sees every key of its row and nothing is added to the scores: rows may differ in length.
+        plain = window is None and scores.softcap is None and not scores.sinks
+        self.takes_rows = backend == "sdpa" and plain and (positions is None or isinstance(positions, Rotary))
+        self.qkv = Linear(width, (heads + 2 * kv_heads) * self.head_dim, bias=bias)
+        self.out = Linear(heads * self.head_dim, width, bias=bias if out_bias is None else out_bias)
         norm = QKNorm() if qk_norm is True else qk_norm or None
         self.q_norm = norm.build(heads, self.head_dim) if norm else nn.Identity()
         self.k_norm = norm.build(kv_heads, self.head_dim) if norm else nn.Identity()
         self.sinks = nn.Parameter(torch.zeros(heads)) if scores.sinks else None
         gates = {"none": 0, "element": heads * self.head_dim, "head": heads}[gate]
-        self.gate = nn.Linear(width, gates, bias=False) if gates else None
+        self.gate = Linear(width, gates, bias=False) if gates else None
 
     def initialise(self, init: Init) -> None:
         init.normal(self.out.weight, into_residual=True)
@@ -113,6 +117,9 @@ class GroupedAttention(nn.Module):
         q, k, v = self._queries_keys_values(x)
         if self.positions is not None:
             q, k = self.positions.rotate(q, k, layout)
+        if cache is not None and cache.ragged and self.takes_rows:
+            keys, values = cache.extend_rows(layer, keys=k, values=v)
+            return self._finish(x, sdpa.attend_rows(q, keys, values, self.scale))
         window = self.window
         if cache is not None:
             shift = None if self.positions is None else self.positions.shift
@@ -130,6 +137,10 @@ class GroupedAttention(nn.Module):
         )
         if cache is not None:
             cache.attended(layer, q, layout, window, self.scale)
+        return self._finish(x, y)
+
+    def _finish(self, x: Tensor, y: Tensor) -> Tensor:
+        """The heads' results y (B, T, H, d) through the gate and the output matrix."""
         if self.gate is not None:
             y = y * self.gate(x).sigmoid().view(*y.shape[:3], -1)
         return self.out(y.flatten(2))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mm.decoder.attention.backends import BACKENDS, Backend
 from mm.decoder.attention.windows import Window
 from mm.decoder.cache import Cache
+from mm.decoder.few_rows import Linear
 from mm.decoder.init import Init
 from mm.decoder.layout import Layout
 from mm.decoder.norms import RMSNorm
@@ -59,14 +60,14 @@ class LatentAttention(nn.Module):
         self.scale = (nope_dim + rope_dim) ** -0.5 if scale is None else scale
         queries = heads * (nope_dim + rope_dim)
         if q_rank is None:
-            self.q = nn.Linear(width, queries, bias=False)
+            self.q = Linear(width, queries, bias=False)
         else:
-            self.q_down, self.q_norm = nn.Linear(width, q_rank, bias=bias), RMSNorm(q_rank, eps)
-            self.q = nn.Linear(q_rank, queries, bias=False)
+            self.q_down, self.q_norm = Linear(width, q_rank, bias=bias), RMSNorm(q_rank, eps)
+            self.q = Linear(q_rank, queries, bias=False)
         self.q_rank = q_rank
-        self.kv_down, self.kv_norm = nn.Linear(width, kv_rank + rope_dim, bias=bias), RMSNorm(kv_rank, eps)
-        self.kv_up = nn.Linear(kv_rank, heads * (nope_dim + v_dim), bias=False)
-        self.out = nn.Linear(heads * v_dim, width, bias=bias)
+        self.kv_down, self.kv_norm = Linear(width, kv_rank + rope_dim, bias=bias), RMSNorm(kv_rank, eps)
+        self.kv_up = Linear(kv_rank, heads * (nope_dim + v_dim), bias=False)
+        self.out = Linear(heads * v_dim, width, bias=bias)
 
     def initialise(self, init: Init) -> None:
         init.normal(self.out.weight, into_residual=True)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mm.decoder.attention.paths import Paths
 from mm.decoder.attention.scan import scan
 from mm.decoder.cache import Cache
+from mm.decoder.few_rows import Linear
 from mm.decoder.init import Init
 from mm.decoder.layout import Layout
 
@@ -49,8 +50,8 @@ class LinearAttention(nn.Module):
             raise ValueError(f"LinearAttention: chunk {chunk} must be at least 1")
         self.heads, self.head_dim = heads, head_dim or width // heads
         self.feature, self.normalise, self.chunk = FEATURES[feature], normalise, chunk
-        self.qkv = nn.Linear(width, 3 * heads * self.head_dim, bias=bias)
-        self.out = nn.Linear(heads * self.head_dim, width, bias=bias)
+        self.qkv = Linear(width, 3 * heads * self.head_dim, bias=bias)
+        self.out = Linear(heads * self.head_dim, width, bias=bias)
 
     def initialise(self, init: Init) -> None:
         init.normal(self.out.weight, into_residual=True)

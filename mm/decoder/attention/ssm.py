@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mm.decoder.attention.paths import Paths
 from mm.decoder.attention.scan import scan
 from mm.decoder.cache import Cache
+from mm.decoder.few_rows import Linear
 from mm.decoder.init import Init
 from mm.decoder.layout import Layout
 
@@ -56,13 +57,13 @@ class Mamba2(nn.Module):
         self.heads, self.head_dim, self.state, self.groups = heads, head_dim, state, groups
         self.inner, self.chunk, self.dt_limit = heads * head_dim, chunk, dt_limit
         channels = self.inner + 2 * groups * state
-        self.in_proj = nn.Linear(width, self.inner + channels + heads, bias=bias)
+        self.in_proj = Linear(width, self.inner + channels + heads, bias=bias)
         self.conv = CausalConv(channels, conv, conv_bias)
         self.a_log = nn.Parameter(torch.empty(heads))
         self.dt_bias = nn.Parameter(torch.empty(heads))
         self.skip = nn.Parameter(torch.ones(heads))
         self.norm = GatedGroupNorm(self.inner, groups, eps)
-        self.out = nn.Linear(self.inner, width, bias=bias)
+        self.out = Linear(self.inner, width, bias=bias)
         self._reset()
 
     def initialise(self, init: Init) -> None:

@@ -8,6 +8,7 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mm.decoder.few_rows import Linear
 from mm.decoder.init import Init
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
@@ -43,8 +44,8 @@ class GatedFFN(nn.Module):
     def __init__(self, width: int, hidden: int, activation: Activation = "silu", bias: bool = False) -> None:
         super().__init__()
         self.activation = _activation(activation)
-        self.gate_up = nn.Linear(width, 2 * hidden, bias=bias)
-        self.down = nn.Linear(hidden, width, bias=bias)
+        self.gate_up = Linear(width, 2 * hidden, bias=bias)
+        self.down = Linear(hidden, width, bias=bias)
 
     def initialise(self, init: Init) -> None:
         init.normal(self.down.weight, into_residual=True)
@@ -68,8 +69,8 @@ class ClampedFFN(nn.Module):
     def __init__(self, width: int, hidden: int, alpha: float = 1.702, limit: float = 7.0, bias: bool = True) -> None:
         super().__init__()
         self.alpha, self.limit = alpha, limit
-        self.gate_up = nn.Linear(width, 2 * hidden, bias=bias)
-        self.down = nn.Linear(hidden, width, bias=bias)
+        self.gate_up = Linear(width, 2 * hidden, bias=bias)
+        self.down = Linear(hidden, width, bias=bias)
 
     def initialise(self, init: Init) -> None:
         init.normal(self.down.weight, into_residual=True)
@@ -85,8 +86,8 @@ class PlainFFN(nn.Module):
     def __init__(self, width: int, hidden: int, activation: Activation = "gelu_tanh", bias: bool = True) -> None:
         super().__init__()
         self.activation = _activation(activation)
-        self.up = nn.Linear(width, hidden, bias=bias)
-        self.down = nn.Linear(hidden, width, bias=bias)
+        self.up = Linear(width, hidden, bias=bias)
+        self.down = Linear(hidden, width, bias=bias)
 
     def initialise(self, init: Init) -> None:
         init.normal(self.down.weight, into_residual=True)

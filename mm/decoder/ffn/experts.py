@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from mm.decoder.few_rows import few_rows, suits
 from mm.decoder.ffn.activations import Activation, ClampedSwiglu, Gated, Plain
 from mm.decoder.init import Init
 from mm.types import Routing
@@ -48,9 +49,25 @@ class Experts(nn.Module):
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
         first, first_bias = getattr(self, self.first_name), getattr(self, f"{self.first_name}_bias")
+        if suits(x, first):
+            return self._few(x, routing, first, first_bias)
         parts = (x, first, first_bias, self.down, self.down_bias, routing.weights)
         cast = (None if part is None else part.to(dtype) for part in parts)
         return _SortedSlices.apply(*cast, routing.indices, routing.taken(), self.activation)  # type: ignore[no-any-return]
+
+    def _few(self, x: Tensor, routing: Routing, first: Tensor, first_bias: Tensor | None) -> Tensor:
+        """The same for few tokens, as in decoding: no sorting, and only the chosen experts' weights are read."""
+        tokens, chosen = routing.indices.shape
+        expert = torch.where(routing.taken(), routing.indices, -1).flatten()
+        before = few_rows(x.repeat_interleave(chosen, 0), first, expert)
+        if first_bias is not None:
+            before = before + first_bias[expert]
+        inner = before.new_empty(len(before), self.down.shape[2])
+        self.activation.forward(before, inner)
+        out = few_rows(inner, self.down, expert)
+        if self.down_bias is not None:
+            out = (out + self.down_bias[expert]).masked_fill((expert < 0)[:, None], 0.0)
+        return torch.bmm(routing.weights.to(x.dtype).unsqueeze(1), out.view(tokens, chosen, -1)).squeeze(1)
 
 
 class SwigluExperts(Experts):

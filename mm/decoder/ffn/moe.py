@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from mm.decoder.few_rows import Linear
 from mm.decoder.ffn.dense import GatedFFN
 from mm.decoder.ffn.experts import Experts, SwigluExperts
 from mm.decoder.ffn.routers.base import Router
@@ -56,7 +57,7 @@ class SparseMoE(nn.Module):
         self.experts = (experts or SwigluExperts)(width, hidden, num_experts)
         shared_width = shared_hidden or shared * hidden
         self.shared = GatedFFN(width, shared_width) if shared_width else None
-        self.shared_gate = nn.Linear(width, 1, bias=False) if shared_gate else None
+        self.shared_gate = Linear(width, 1, bias=False) if shared_gate else None
 
     def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Routing]:
         tokens = x.flatten(0, 1)

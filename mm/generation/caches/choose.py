@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -10,10 +12,12 @@ from mm.decoder.attention.windows import StreamingSinks
 from mm.decoder.cache import Cache
 from mm.generation.caches.evicting import EvictingCache
 from mm.generation.caches.quantised import QuantisedCache
+from mm.generation.caches.static import StaticCache
 from mm.generation.caches.windowed import WindowedCache
 
 CACHES = {
     "dynamic": "everything",
+    "static": "everything, in tensors of fixed length, with a compiled step; exact",
     "window": "of layers with a sliding window what it may still show, of others everything; exact",
     "sinks:FIRST+LAST": "of every layer the first and the last positions, and the memory stays the same for ever",
     "int8": "everything, in 8 bits a number",
@@ -25,7 +29,7 @@ CACHES = {
 def check(name: str) -> None:
     """Raises ValueError for a name that is none of `CACHES`, or sizes that make no sense."""
     if name != "dynamic":
-        _read(name)(0)
+        _maker(name)
 
 
 def make(model: Any, name: str) -> Cache:
@@ -35,7 +39,7 @@ def make(model: Any, name: str) -> Cache:
     """
     if name == "dynamic":
         return model.new_cache()
-    maker = _read(name)
+    maker, numbers = _maker(name)
     decoder = getattr(model, "decoder", None)
     if decoder is None or decoder.rereader.lengths:
         raise ValueError(
@@ -44,21 +48,34 @@ def make(model: Any, name: str) -> Cache:
         )
     if name.startswith("sinks") and decoder.embed_positions is not None:
         raise ValueError(f"cache={name!r}: this model adds positions to its input, so none can seem nearer than it is")
-    return maker(len(decoder.layers))
+    return maker(model, len(decoder.layers), *numbers)
 
 
-def _read(name: str) -> Callable[[int], Cache]:
-    """What makes a cache of so many layers."""
+def _static(model: Any, layers: int) -> StaticCache:
+    if any(hasattr(module, "cache_numbers_fixed") for module in model.decoder.modules()):
+        raise ValueError("cache='static': recurrent layers (Mamba-2, linear attention) keep no positions; use dynamic")
+    if model.device.type == "cpu" and not _has_compiler():
+        raise ValueError("cache='static' compiles the step, which takes a C++ compiler (g++ or clang++); use dynamic")
+    return StaticCache(layers, model.compiled_step)
+
+
+def _has_compiler() -> bool:
+    return any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++", "c++"))
+
+
+def _maker(name: str) -> tuple[Callable[..., Cache], list[int]]:
+    """What makes a cache of (model, layers, numbers), and the numbers in the name."""
     for pattern, maker in _MAKERS.items():
         if found := re.fullmatch(pattern, name):
-            return lambda layers: maker(layers, *map(int, found.groups()))
+            return maker, [int(number) for number in found.groups()]
     raise ValueError(f"cache={name!r}: give one of {', '.join(CACHES)}")
 
 
 _MAKERS: dict[str, Callable[..., Cache]] = {
-    r"window": lambda layers: WindowedCache(layers),
-    r"sinks:(\d+)\+(\d+)": lambda layers, first, last: WindowedCache(layers, StreamingSinks(first, last)),
-    r"int8": lambda layers: QuantisedCache(layers, 8),
-    r"int4": lambda layers: QuantisedCache(layers, 4),
-    r"evict:(\d+)": lambda layers, budget: EvictingCache(layers, budget),
+    r"static": _static,
+    r"window": lambda model, layers: WindowedCache(layers),
+    r"sinks:(\d+)\+(\d+)": lambda model, layers, first, last: WindowedCache(layers, StreamingSinks(first, last)),
+    r"int8": lambda model, layers: QuantisedCache(layers, 8),
+    r"int4": lambda model, layers: QuantisedCache(layers, 4),
+    r"evict:(\d+)": lambda model, layers, budget: EvictingCache(layers, budget),
 }

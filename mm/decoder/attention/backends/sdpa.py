@@ -48,6 +48,18 @@ def attend(
     return _sdpa(q, k, v, layout.mask(), False, scale)
 
 
+def attend_rows(q: Tensor, keys: list[Tensor], values: list[Tensor], scale: float) -> Tensor:
+    """One query of each row, q (B, 1, H, d), that sees all of its row's keys (S_row, G, d) and values (S_row, G, e)
+    -> (B, 1, H, e). What a long row has costs the short ones nothing."""
+    groups = keys[0].shape[1]
+    grouped = q.unflatten(2, (groups, -1)).unbind(0)  # (1, G, H / G, d): a group's heads as queries of the same keys
+    parts = [
+        F.scaled_dot_product_attention(row, k.transpose(0, 1)[None], v.transpose(0, 1)[None], scale=scale)
+        for row, k, v in zip(grouped, keys, values, strict=True)
+    ]
+    return torch.cat(parts).flatten(1, 2)[:, None]
+
+
 def _by_document(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> Tensor:
     out = None if torch.is_grad_enabled() else q.new_empty(*q.shape[:-1], v.shape[-1])
     parts = []
@@ -63,6 +75,12 @@ def _by_document(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) 
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
+    groups = q.shape[2] // k.shape[2]
+    if q.shape[1] == 1 and groups > 1 and (mask is None or mask.shape[1] == 1):
+        # One query: those of the heads that share a key stand as so many queries of it, and no key is repeated.
+        q = q.view(len(q), k.shape[2], groups, -1)
+        k, v = k.transpose(1, 2), v.transpose(1, 2)
+        return F.scaled_dot_product_attention(q, k, v, mask, scale=scale).flatten(1, 2)[:, None]
     q, k, v = q.transpose(1, 2), *_to_query_heads(q, k, v)
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale).transpose(1, 2)
 

@@ -6,9 +6,9 @@ Shape legend: `S` tokens, `E` experts in `G` groups of equal size, `K` chosen ea
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mm.decoder.few_rows import linear
 from mm.decoder.init import Init
 from mm.types import Routing
 
@@ -45,7 +45,7 @@ class Router(nn.Module):
     def forward(self, x: Tensor, mask: Tensor) -> Routing:
         with torch.autocast(x.device.type, enabled=False):
             bias = None if self.logit_bias is None else self.logit_bias.float()
-            routing = self.route(F.linear(x.float(), self.weight.float(), bias), mask)
+            routing = self.route(linear(x.float(), self.weight.float(), bias), mask)
         routing.weights = routing.weights.to(x.dtype)
         return routing
 

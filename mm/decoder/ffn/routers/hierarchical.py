@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mm.decoder.few_rows import linear
 from mm.decoder.ffn.routers.base import Router, check_groups
 from mm.decoder.init import Init
 from mm.types import Routing
@@ -39,8 +39,8 @@ class HierarchicalRouter(Router):
 
     def forward(self, x: Tensor, mask: Tensor) -> Routing:
         with torch.autocast(x.device.type, enabled=False):
-            of_group_SG = F.linear(x.float(), self.group_weight.float())
-            of_expert_SGe = F.linear(x.float(), self.weight.float()).unflatten(-1, (self.groups, -1))
+            of_group_SG = linear(x.float(), self.group_weight.float())
+            of_expert_SGe = linear(x.float(), self.weight.float()).unflatten(-1, (self.groups, -1))
             routing = self._choose(of_group_SG, of_expert_SGe, mask)
         routing.weights = routing.weights.to(x.dtype)
         return routing

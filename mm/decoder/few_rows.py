@@ -1,0 +1,149 @@
+"""Matrix products with few rows, the work of decoding, on a CPU: torch's own are made for many.
+
+The C beside this file is compiled when it is first needed, by the machine's own compiler and for its own processor, and
+kept in the user's cache folder. Where there is no compiler torch's products are used, and a warning says so once.
+
+Shape legend: `M` rows, `N` outputs, `K` inputs, `E` matrices.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import warnings
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+MOST_ROWS = 16  # beyond, a BLAS is as fast or faster (benchmarks/decode.py)
+DTYPES = (torch.float32, torch.bfloat16)
+SOURCE = Path(__file__).with_suffix(".c")
+FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fopenmp", "-shared", "-fPIC")
+
+
+class Linear(nn.Linear):
+    """torch's, with products of few rows by `few_rows`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return linear(input, self.weight, self.bias)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (..., K), weight (N, K), bias (N,) -> (..., N): torch's linear, or `few_rows` where that is made for it."""
+    if not suits(x, weight):
+        return F.linear(x, weight, bias)
+    y = few_rows(x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], weight.shape[0])
+    return y if bias is None else y + bias
+
+
+def suits(x: Tensor, weight: Tensor) -> bool:
+    """Whether x (..., K) has few rows, on a CPU, in a dtype that `few_rows` takes, with no gradient and no autocast."""
+    return (
+        x.device.type == "cpu"
+        and 0 < x.numel() <= MOST_ROWS * x.shape[-1]
+        and not torch.is_grad_enabled()
+        and x.dtype == weight.dtype
+        and x.dtype in DTYPES
+        and weight.is_contiguous()
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def few_rows(x: Tensor, weight: Tensor, group: Tensor | None = None) -> Tensor:
+    """x (M, K), weight (N, K) -> x W^T (M, N); or weight (E, N, K) and group (M,) int64, row m with W[group[m]], zero
+    where group[m] is below 0.
+
+    On a CPU, x and a contiguous weight both float32 or both bfloat16; sums in float32. A row's result does not depend,
+    to the last bit, on which rows stand beside it.
+    """
+    return torch.ops.mm.few_rows(x, weight, group) if torch.compiler.is_compiling() else _few_rows(x, weight, group)
+
+
+def _few_rows(x: Tensor, weight: Tensor, group: Tensor | None = None) -> Tensor:
+    assert x.dtype == weight.dtype and weight.is_contiguous()
+    multiply = kernel()
+    if multiply is None:
+        return _with_torch(x, weight, group)
+    rows = x if x.dtype == torch.float32 and x.is_contiguous() else x.float().contiguous()
+    shape = len(rows), weight.shape[-2]
+    y = rows.new_empty(shape) if group is None else rows.new_zeros(shape)
+    matrices = len(weight) if weight.ndim == 3 else 1
+    names = None if group is None else group.contiguous().data_ptr()
+    is_bfloat = weight.dtype == torch.bfloat16
+    if multiply(rows.data_ptr(), weight.data_ptr(), y.data_ptr(), names, *shape, rows.shape[1], matrices, is_bfloat):
+        raise MemoryError("few_rows: no memory to sort the rows by their matrices")
+    return y if x.dtype == torch.float32 else y.to(x.dtype)
+
+
+def _with_torch(x: Tensor, weight: Tensor, group: Tensor | None) -> Tensor:
+    if group is None:
+        return F.linear(x, weight)
+    y = x.new_zeros(len(x), weight.shape[-2])
+    for row, matrix in enumerate(group.tolist()):
+        if matrix >= 0:
+            y[row] = weight[matrix] @ x[row]
+    return y
+
+
+# For torch.compile, which cannot look into a library: one opaque operation.
+_library = torch.library.Library("mm", "FRAGMENT")
+_library.define("few_rows(Tensor x, Tensor weight, Tensor? group) -> Tensor")
+_library.impl("few_rows", _few_rows, "CPU")
+
+
+@torch.library.register_fake("mm::few_rows")
+def _(x: Tensor, weight: Tensor, group: Tensor | None = None) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[-2])
+
+
+@cache
+def kernel() -> Any | None:
+    """The compiled function, or None on a machine without a C compiler, which a warning says."""
+    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    try:
+        if compiler is None:
+            raise OSError("there is no cc, gcc or clang; CC can name another")
+        library = ctypes.CDLL(str(_build(compiler)))
+    except (OSError, subprocess.CalledProcessError) as error:
+        said = error.stderr.decode(errors="replace") if isinstance(error, subprocess.CalledProcessError) else error
+        warnings.warn(f"decoding uses torch's slower products: {SOURCE.name} was not built: {said}", stacklevel=2)
+        return None
+    function = library.few_rows
+    function.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_ssize_t] * 4 + [ctypes.c_int]
+    function.restype = ctypes.c_int
+    return function
+
+
+def _build(compiler: str) -> Path:
+    """The shared library for this source, compiler and processor; made if it is not there."""
+    version = subprocess.run([compiler, "--version"], check=True, capture_output=True).stdout
+    parts = [SOURCE.read_bytes(), version, " ".join(FLAGS).encode(), _processor().encode()]
+    name = hashlib.blake2b(b"\0".join(parts), digest_size=12).hexdigest()
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mm"
+    library = folder / f"few_rows-{name}.so"
+    if library.exists():
+        return library
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as unfinished:
+        made = Path(unfinished) / library.name
+        subprocess.run([compiler, *FLAGS, "-o", str(made), str(SOURCE)], check=True, capture_output=True)
+        made.replace(library)  # whole or not at all: several processes may build it at once
+    return library
+
+
+def _processor() -> str:
+    """What `-march=native` goes by: a cache folder may be shared by machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() + platform.machine()
+    return "".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
