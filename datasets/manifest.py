@@ -29,7 +29,8 @@ COUNTS = ("samples", "bytes")
 
 
 def write_manifest(directory: Path, manifest: dict[str, Any]) -> dict[str, Any]:
-    """Writes `manifest.json`, sealed with its own hash, and returns what was written."""
+    """Writes `manifest.json`, sealed with its own hash, and returns what was written. Of another "format" than shards',
+    it names its own."""
     sealed = {"format": FORMAT, "self_sha256": BLANK, **manifest}
     data = to_json(sealed)
     sealed["self_sha256"] = hashlib.sha256(data).hexdigest()
@@ -48,18 +49,27 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 
 def parse_manifest(data: bytes, where: str) -> dict[str, Any]:
     """The manifest in a file's bytes. Raises ValueError, beginning with `where`, for anything else."""
+    manifest = unseal(data, where, (FORMAT, UNSEALED), "write the shards again")
+    _check(manifest, where)
+    return manifest
+
+
+def unseal(data: bytes, where: str, formats: Sequence[str], mend: str) -> dict[str, Any]:
+    """The manifest in a file's bytes, of one of the `formats`, with the hash that is in it.
+
+    Raises ValueError, beginning with `where` and ending with how to mend it, for anything else.
+    """
     try:
         manifest = json.loads(data)
     except ValueError:
-        raise ValueError(f"{where}: not JSON; write the shards again") from None
-    if not isinstance(manifest, dict) or manifest.get("format") not in (FORMAT, UNSEALED):
-        raise ValueError(f"{where}: not a manifest of format {FORMAT}")
-    if manifest["format"] == FORMAT:
+        raise ValueError(f"{where}: not JSON; {mend}") from None
+    if not isinstance(manifest, dict) or manifest.get("format") not in formats:
+        raise ValueError(f"{where}: not a manifest of format {formats[0]}")
+    if manifest["format"] != UNSEALED:
         seal = str(manifest.get("self_sha256"))
         blank = data.replace(seal.encode(), BLANK.encode(), 1)
         if len(seal) != len(BLANK) or hashlib.sha256(blank).hexdigest() != seal:
-            raise ValueError(f"{where}: damaged (its SHA-256 differs from the one in it); write the shards again")
-    _check(manifest, where)
+            raise ValueError(f"{where}: damaged (its SHA-256 differs from the one in it); {mend}")
     return manifest
 
 

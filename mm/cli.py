@@ -41,12 +41,14 @@ GROUPS: dict[str, dict[str, Command]] = {
         "shard": Command("mm.datasets.preprocess:main", "turn a source of samples into checked WebDataset shards"),
         "doctor": Command("mm.doctor.cli:main", "check data, a config, checkpoints and the machine before training"),
         "tokenizer": Command("mm.datasets.vocabulary:main", "train a text tokenizer on shards or text files"),
+        "index": Command("mm.tools.build:main", "index documents, for answers that name their sources"),
     },
     "Training": {
         "fit": Command("mm.training.command:main", "train a stage from a config: align, instruct", pass_name=True),
         "validate": Command("mm.validate:main", "score a stage or model: benchmarks with controls", pass_name=True),
         "test": Command("mm.training.command:main", "run a module's test loop", pass_name=True),
         "predict": Command("mm.training.command:main", "run a module's prediction loop", pass_name=True),
+        "probe": Command("mm.tools.train_probe:main", "train what tells from a prompt which tool it needs"),
     },
     "A model at hand": {
         "chat": Command("mm.chat.cli:main", "talk with it about images, sounds and videos"),

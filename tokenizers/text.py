@@ -131,14 +131,20 @@ class TextTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The ids of `text`; never a special's. Raises ValueError for half a surrogate pair, which is not text."""
-        try:
-            ids = self._encoder.encode(text, add_special_tokens=False).ids
-        except TypeError as error:
-            at = next((i for i, char in enumerate(text) if "\ud800" <= char <= "\udfff"), None)
-            if at is None:
-                raise
-            raise ValueError(f"character {at} of the text is half a surrogate pair ({text[at]!r})") from error
+        ids: list[int] = self._encode(text).ids
         return [self._renumbered.get(i, i) for i in ids] if self._renumbered else ids
+
+    def spans(self, text: str) -> list[tuple[int, int]]:
+        """Where the ids of `encode` stand: (first character, the one after the last) of each. Errors as `encode`."""
+        return self._encode(text).offsets
+
+    def _encode(self, text: str) -> Any:
+        try:
+            return self._encoder.encode(text, add_special_tokens=False)
+        except TypeError as error:
+            if (half := re.search("[\ud800-\udfff]", text)) is None:
+                raise
+            raise ValueError(f"character {half.start()} of the text is half a surrogate pair ({half[0]!r})") from error
 
     def decode(self, ids: Sequence[int], skip_specials: bool = True) -> str:
         """The text of `ids`. Bytes that are not UTF-8 become U+FFFD. Raises ValueError for an unknown id."""

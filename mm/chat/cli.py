@@ -62,6 +62,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         pair = lambda path, kind=kind: (kind, path)  # noqa: E731 - one list, in the order of the command line
         parser.add_argument(f"--{kind}", action="append", type=pair, dest="media", metavar="F", default=[], help=text)
     parser.add_argument("--system", metavar="TEXT", help="system prompt")
+    parser.add_argument("--index", metavar="DIR", help="answer from the documents of this index (mm index)")
+    parser.add_argument("--probe", metavar="F", help="look up only where this probe says so (mm probe)")
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="longest answer (default: 256)")
     parser.add_argument(
         "--max-length", type=int, metavar="N", help="largest context, prompt and answer together (default: no limit)"
@@ -81,6 +83,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     args = parser.parse_intermixed_args(argv)
     args.model, args.text = _model_and_text(args.words)
+    if args.probe is not None and args.index is None:
+        raise ValueError("--probe says when to look something up; give --index DIR too")
     return args
 
 
@@ -118,7 +122,12 @@ def _open(args: argparse.Namespace) -> ChatSession:
         model = model.to(args.device)
     except (RuntimeError, AssertionError) as error:  # how torch says that there is no such device
         raise ValueError(f"--device {args.device}: {str(error).splitlines()[0]}") from error
-    return ChatSession(model, settings, args.system)
+    session = ChatSession(model, settings, args.system)
+    if args.index is not None:
+        from mm.tools.lookup import Lookup
+
+        session.lookup = Lookup.open(args.index, model, probe=args.probe)
+    return session
 
 
 def _one_shot(session: ChatSession, text: str) -> int:
@@ -129,6 +138,8 @@ def _one_shot(session: ChatSession, text: str) -> int:
         for piece in session.ask(text):
             print(show(piece), end="", flush=True)
         print(flush=True)
+        if session.sources:
+            print(f"\n{show(session.sources)}", flush=True)
     except BrokenPipeError:  # the reader has seen enough, as in `mm chat ... | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0

@@ -11,7 +11,7 @@ import time
 from collections.abc import Generator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
 
@@ -22,6 +22,10 @@ from mm.generation.engine import FinishReason, Stream, stream
 from mm.generation.requests import GenerativeModel, check_at_least_one
 from mm.generation.sampling import Sampler
 from mm.types import KINDS, Kind, Media, MediaError, Sample
+
+if TYPE_CHECKING:  # most chats look nothing up
+    from mm.tools.index import Hit
+    from mm.tools.lookup import Lookup
 
 FORMAT = 1  # of saved chats
 SMALLEST_SIDE = 2  # pixels: a 1x1 image is a tracking pixel or a mistake, and any answer about it is made up
@@ -77,6 +81,8 @@ class ChatSession:
         self.messages: list[dict[str, Any]] = []
         self.media: list[Media] = []
         self.attached: list[Media] = []
+        self.lookup: Lookup | None = None  # set it, and answers rest on documents
+        self.hits: list[Hit] = []  # the documents of the last question
         self.last: Statistics | None = None
         self.engine: Engine | None = None  # made by the first question
         self.rereads = not_paged(model)
@@ -85,6 +91,13 @@ class ChatSession:
     def turns(self) -> int:
         """Questions answered so far."""
         return len(self.messages) // 2
+
+    @property
+    def sources(self) -> str:
+        """Which documents the last answer rests on, a line each; "" if it was given none."""
+        if self.lookup is None or not self.hits or not self.messages:
+            return ""
+        return self.lookup.sources(self.messages[-1]["content"], self.hits)
 
     def attach(self, kind: Kind, path: str | Path) -> int:
         """Opens a file and keeps it for the next question; returns the decoder positions that it will take.
@@ -163,7 +176,7 @@ class ChatSession:
 
     def reset(self) -> None:
         """Forgets the messages and the media, not the system prompt."""
-        self.messages, self.media, self.attached, self.last = [], [], [], None
+        self.messages, self.media, self.attached, self.last, self.hits = [], [], [], None, []
 
     def save(self, path: str | Path) -> None:
         """Writes the chat as JSON; media by their paths. Raises OSError."""
@@ -199,7 +212,10 @@ class ChatSession:
 
     def _sample(self, messages: list[dict[str, Any]], media: list[Media]) -> Sample:
         system = [{"role": "system", "content": self.system}] if self.system else []
-        return Sample(f"chat-turn-{self.turns + 1}", [*system, *messages], media)
+        sample = Sample(f"chat-turn-{self.turns + 1}", [*system, *messages], media)
+        if self.lookup is not None:  # for this answer alone: the chat keeps the question as it was asked
+            sample, self.hits = self.lookup(self.model, sample)
+        return sample
 
     def _measure(self, media: Media) -> int:
         """Decoder positions of a media item, which is read through: a file's end can be missing too."""

@@ -95,6 +95,8 @@ class Terminal:
             except KeyboardInterrupt:
                 stopped = True
         last = self.session.last
+        if self.session.sources and not stopped:
+            self.note(self.session.sources)
         if stopped:
             self.note("(stopped)")
         elif last is not None and last.finish_reason == "length":

@@ -29,6 +29,7 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 JAIL = Path(__file__).with_name("jail.py")
 REPORT_BYTES = 4_096  # of what the child may say about itself
@@ -40,11 +41,13 @@ _ALLOWED: ContextVar[bool] = ContextVar("code_execution_allowed", default=False)
 
 @dataclass(frozen=True)
 class Outcome:
-    """`passed` only if the program ran to its very end; `reason` else says why not ("timed out", "AssertionError")."""
+    """`passed` only if the program ran to its very end; `reason` else says why not ("timed out", "AssertionError").
+    `output` is the beginning of what it printed, where that was asked for."""
 
     passed: bool
     reason: str
     seconds: float
+    output: str = ""
 
 
 @contextlib.contextmanager
@@ -63,28 +66,41 @@ def require_allowed(who: str) -> None:
         raise ValueError(f"{who} runs programs that the model wrote: add --allow-code-execution if you want that")
 
 
-def run(program: str, timeout: float = 3.0, memory: int = 512 * 2**20, file_bytes: int = 16 * 2**20) -> Outcome:
+def run(
+    program: str,
+    timeout: float = 3.0,
+    memory: int = 512 * 2**20,
+    file_bytes: int = 16 * 2**20,
+    output_bytes: int = 0,
+    who: str = "this evaluation",
+) -> Outcome:
     """Runs `program` with `timeout` seconds of wall clock, `memory` bytes of address space, files of `file_bytes`.
 
-    Raises ValueError outside `code_execution_allowed`, and RuntimeError where this machine cannot contain it.
+    With `output_bytes`, so much of what it prints (standard output and error) is kept; without, nothing is. Raises
+    ValueError, naming `who`, outside `code_execution_allowed`, and RuntimeError where this machine cannot contain it.
     """
-    require_allowed("this evaluation")
+    require_allowed(who)
     start = time.perf_counter()
-    with tempfile.TemporaryDirectory(prefix="mm-sandbox-") as folder:
-        passed, reason = _run_in(folder, program, timeout, memory, file_bytes)
-    return Outcome(passed, reason, time.perf_counter() - start)
+    # What is printed goes to a file without a name: like any other it can hold `file_bytes`, and no reader is needed.
+    with tempfile.TemporaryDirectory(prefix="mm-sandbox-") as folder, tempfile.TemporaryFile() as printed:
+        passed, reason = _run_in(folder, program, timeout, memory, file_bytes, printed if output_bytes else None)
+        printed.seek(0)
+        output = printed.read(output_bytes).decode("utf-8", "replace")
+    return Outcome(passed, reason, time.perf_counter() - start, output)
 
 
-def _run_in(folder: str, program: str, timeout: float, memory: int, file_bytes: int) -> tuple[bool, str]:
+def _run_in(
+    folder: str, program: str, timeout: float, memory: int, file_bytes: int, printed: IO[bytes] | None
+) -> tuple[bool, str]:
     # The child says "ended" with a word of its own: os._exit(0) is not success.
     secret = secrets.token_hex(16)
     reading, writing = os.pipe()
     arguments = [str(value) for value in (writing, memory, file_bytes, math.ceil(timeout) + 1)]
     child = subprocess.Popen(
-        [sys.executable, "-I", "-S", "-B", str(JAIL), *arguments],
+        [sys.executable, "-I", "-S", "-B", *(["-u"] if printed else []), str(JAIL), *arguments],
         stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        stdout=printed or subprocess.DEVNULL,
+        stderr=printed or subprocess.DEVNULL,
         cwd=folder,
         env={"PATH": "", "HOME": folder, "TMPDIR": folder, "LC_ALL": "C.UTF-8", "OMP_NUM_THREADS": "1"},
         pass_fds=(writing,),
