@@ -174,10 +174,12 @@ SWITCHES: dict[str, Callable[[Decoding], bool]] = {
     "temperature": lambda d: not d.greedy,
     "top_p, min_p or typical_p": lambda d: any(each is not None for each in (d.top_p, d.min_p, d.typical_p)),
     "top_k": lambda d: d.top_k is not None,
-    "a cache that loses tokens": lambda d: d.cache not in ("dynamic", "int8", "int4"),
+    "a cache that loses tokens": lambda d: d.cache not in ("dynamic", "static", "int8", "int4"),
+    "the static cache": lambda d: d.cache == "static",
     "a cache other than dynamic": lambda d: d.cache != "dynamic",
 }
 SEARCHES = "it searches for the best and draws nothing"
+ONE_TOKEN = "its step reads one token of each row"
 OTHERWISE = "it decodes in a way of its own, not token by token"
 REFUSED: dict[tuple[str, str], str] = {
     ("num_beams", "penalty_alpha"): "they are two methods",
@@ -190,6 +192,8 @@ REFUSED: dict[tuple[str, str], str] = {
     ("draft", "penalty_alpha"): OTHERWISE,
     ("draft", "amateur"): "a draft is checked against the model itself",
     ("draft", "a cache that loses tokens"): "a draft's tokens are taken back; use cache dynamic, int8 or int4",
+    ("draft", "the static cache"): ONE_TOKEN,
+    ("penalty_alpha", "the static cache"): ONE_TOKEN,
     ("amateur", "penalty_alpha"): "they are two methods",
     ("steer", "num_beams"): OTHERWISE,
     ("steer", "penalty_alpha"): OTHERWISE,

@@ -53,6 +53,7 @@ class StaticCache(Cache):
         self._compiled = compiled
         self._alive: Tensor | None = None  # None: all
         self._length = 0
+        self._marked: Tensor | None = None
         self.column = self.index = self.documents = torch.zeros(0, dtype=torch.long)  # made by the first pass
 
     def __len__(self) -> int:
@@ -60,8 +61,10 @@ class StaticCache(Cache):
 
     def step(self, function: Callable[[Tensor, Cache], Tensor], ids: Tensor) -> Tensor:
         self._make_room(1)
-        for x in (self.index, self.documents, *(x for layer in self.layers for x in layer.values())):
-            torch._dynamo.mark_dynamic(x, 1)  # or more room would be another program
+        if self._marked is not self.index:  # the tensors are new; more room must not be another program
+            for x in (self.index, self.documents, *(x for layer in self.layers for x in layer.values())):
+                torch._dynamo.mark_dynamic(x, 1)
+            self._marked = self.index
         alive, self._alive = self._alive, None
         try:
             if alive is None:
