@@ -43,7 +43,8 @@ SCHEMA: dict[str, Any] = {
     "required": ["name", "age", "colour", "tags", "ok"],
     "additionalProperties": False,
 }
-LONG = {"regex": "[a-z ]{4000}", "json_schema": {"type": "array", "items": {"type": "integer"}, "minItems": 4000}}
+# Not "[a-z ]{4000}": counting so far costs 0.6 ms a token more, whatever the model.
+LONG = {"regex": "([a-z]+ )+[.]", "json_schema": {"type": "array", "items": {"type": "integer"}, "minItems": 4000}}
 
 
 def of_the_form(text: str, form: str) -> bool:

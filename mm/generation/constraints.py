@@ -81,14 +81,13 @@ class Constraint:
 
     def mask(self, logits: Tensor) -> Tensor:
         """(B, V) -> (B, V): what may not come next at -inf; once an answer is complete, all but the stops."""
-        bits = torch.empty(len(self._matchers), self._words, dtype=torch.int32)
+        words = max(self._words, (logits.shape[1] + 31) // 32)  # rows that only pad a vocabulary are forbidden: bits 0
+        bits = np.zeros((len(self._matchers), words), dtype=np.int32)
         for row, matcher in enumerate(self._matchers):
-            matcher.unsafe_compute_mask_ptr(bits[row].data_ptr(), 4 * self._words)
+            matcher.unsafe_compute_mask_ptr(bits[row].ctypes.data, 4 * self._words)
             _check(matcher)
-        allowed = np.unpackbits(bits.numpy().view(np.uint8), axis=1, bitorder="little", count=logits.shape[1])
-        forbidden = torch.ones(logits.shape, dtype=torch.bool)
-        forbidden[:, : allowed.shape[1]] = torch.from_numpy(allowed == 0)
-        return logits.masked_fill(forbidden.to(logits.device), float("-inf"))
+        allowed = np.unpackbits(bits.view(np.uint8), axis=1, bitorder="little", count=logits.shape[1])
+        return torch.where(torch.from_numpy(allowed.view(np.bool_)).to(logits.device), logits, float("-inf"))
 
     def push(self, ids: Sequence[int]) -> None:
         """One more token of each row. Raises ValueError for one that `mask` forbids."""

@@ -8,10 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; see mm index --help")
+from mm.arguments import Parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,11 +55,15 @@ def _with_model(args: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = _Parser(
-        prog="mm index",
-        description="Cuts documents into chunks and builds an index of them: by words (BM25) and, with --model, by "
-        "vectors (FAISS). mm chat --index DIR answers from it.",
-        epilog="Example: mm index notes/ --out runs/notes --model runs/demo/model",
+    parser = Parser(
+        "mm index",
+        "Cut documents into chunks and build an index of them: by words (BM25) and, with --model, by vectors (FAISS). "
+        "mm chat --index DIR answers from it.",
+        usage="mm index SOURCE... --out DIR [options]",
+        examples=[
+            "mm index notes/ papers.jsonl --out runs/notes",
+            "mm index notes/ --out runs/notes --model runs/demo/model",
+        ],
     )
     parser.add_argument(
         "sources", nargs="+", type=Path, metavar="SOURCE", help="a folder of shards, or .txt, .md and .jsonl files"

@@ -10,18 +10,15 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
+
+from mm.arguments import Parser
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from mm.tools.probe import ToolProbe
     from mm.types import Sample
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; see mm probe --help")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -98,12 +95,14 @@ def _tools(record: dict[str, Any], where: str) -> set[str]:
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = _Parser(
-        prog="mm probe",
-        description="Trains a linear probe on a model's last hidden state that says which tools a prompt needs. The "
-        "model stays as it is. Writes the weights and, beside them, a .json with its held-out accuracy.",
-        epilog='A line of --data: {"prompt": "what is 12 * 34?", "tool": "calculator"}; "tool" may be "none", and '
+    parser = Parser(
+        "mm probe",
+        "Train a linear probe on a model's last hidden state that says which tools a prompt needs. The model stays as "
+        "it is. Writes the weights and, beside them, a .json with its held-out accuracy.",
+        usage="mm probe MODEL --data FILE --out FILE [options]",
+        notes='A line of --data is {"prompt": "what is 12 * 34?", "tool": "calculator"}; "tool" may be "none", and '
         '"messages" may stand for "prompt", as in mm generate.',
+        examples=["mm probe runs/demo/model --data labelled.jsonl --out runs/probe.safetensors"],
     )
     parser.add_argument("model", metavar="MODEL", help="directory of a model, ours or a published one, or a GGUF file")
     parser.add_argument("--data", required=True, type=Path, metavar="FILE", help="labelled prompts, JSON lines")

@@ -45,7 +45,9 @@ def test_plain_choices(model, batch_size):
             before, after = encode_pair(model, context, choice)
             assert scored.tokens == len(after)
             assert scored.loglikelihood == pytest.approx(naive(model, before, after), abs=2e-4)
-        assert row[0] == row[3], "the same choice has the same likelihood, whatever stands beside it"
+        # The same choice has the same likelihood, but for the order in which a product of many rows adds (float32).
+        assert row[0].loglikelihood == pytest.approx(row[3].loglikelihood, rel=1e-6)
+        assert (row[0].tokens, row[0].greedy) == (row[3].tokens, row[3].greedy)
 
 
 def test_chat_choices_with_a_picture(model):

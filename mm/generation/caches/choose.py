@@ -28,8 +28,9 @@ CACHES = {
 
 def check(name: str) -> None:
     """Raises ValueError for a name that is none of `CACHES`, or sizes that make no sense."""
-    if name != "dynamic":
-        _maker(name)
+    if name not in ("dynamic", "static"):
+        maker, numbers = _maker(name)
+        maker(None, 0, *numbers)
 
 
 def make(model: Any, name: str) -> Cache:
