@@ -66,67 +66,67 @@ static void lay_out(const float *x, float *to, ptrdiff_t K, ptrdiff_t padded, in
 #define UNROLL _Pragma("GCC unroll 8")
 
 // RN rows of W with RM rows of x; row m of the result goes to y + row[m] * N. x has rows of `padded` numbers.
-#define TILE(NAME, TYPE, LOAD, RN, RM)                                                                         \
-    static inline void NAME(const float *x, const TYPE *w, float *y, const ptrdiff_t *row, ptrdiff_t N, ptrdiff_t K, \
-                            ptrdiff_t padded) {                                                                \
-        vec sum[RN][RM];                                                                                       \
-        UNROLL for (int n = 0; n < RN; n++) UNROLL for (int m = 0; m < RM; m++) sum[n][m] = (vec){0};          \
-        if (RM == 1) /* where the next tile's rows begin: the processor finds out the rest of them */          \
-            for (int n = 0; n < RN; n++) {                                                                     \
-                __builtin_prefetch(w + (n + RN) * K);                                                          \
-                __builtin_prefetch((const char *)(w + (n + RN) * K) + 64);                                     \
-            }                                                                                                  \
-        ptrdiff_t k = 0;                                                                                       \
-        for (; k + STEP <= K; k += STEP) {                                                                     \
-            pair a[RN];                                                                                        \
-            UNROLL for (int n = 0; n < RN; n++) {                                                              \
-                a[n] = LOAD(w + n * K + k);                                                                    \
-                if (RM > 1) __builtin_prefetch(w + n * K + k + AHEAD);                                         \
-            }                                                                                                  \
-            UNROLL for (int m = 0; m < RM; m++) {                                                              \
-                pair b = load_float(x + m * padded + k);                                                       \
-                UNROLL for (int n = 0; n < RN; n++) sum[n][m] = fused(a[n].a, b.a, sum[n][m]);                 \
-                UNROLL for (int n = 0; n < RN; n++) sum[n][m] = fused(a[n].b, b.b, sum[n][m]);                 \
-            }                                                                                                  \
-        }                                                                                                      \
-        if (k < K)                                                                                             \
-            for (int n = 0; n < RN; n++) {                                                                     \
-                TYPE rest[STEP] = {0};                                                                         \
-                memcpy(rest, w + n * K + k, (size_t)(K - k) * sizeof *rest);                                   \
-                pair a = LOAD(rest);                                                                           \
-                for (int m = 0; m < RM; m++) {                                                                 \
-                    pair b = load_float(x + m * padded + k);                                                   \
-                    sum[n][m] = fused(a.a, b.a, sum[n][m]);                                                    \
-                    sum[n][m] = fused(a.b, b.b, sum[n][m]);                                                    \
-                }                                                                                              \
-            }                                                                                                  \
-        UNROLL for (int n = 0; n < RN; n++) UNROLL for (int m = 0; m < RM; m++) y[row[m] * N + n] = total(sum[n][m]); \
+#define TILE(NAME, TYPE, LOAD, RN, RM)                                                                                 \
+    static inline void NAME(const float *x, const TYPE *w, float *y, const ptrdiff_t *row, ptrdiff_t N, ptrdiff_t K,   \
+                            ptrdiff_t padded) {                                                                        \
+        vec sum[RN][RM];                                                                                               \
+        UNROLL for (int n = 0; n < RN; n++) UNROLL for (int m = 0; m < RM; m++) sum[n][m] = (vec){0};                  \
+        if (RM == 1) /* where the next tile's rows begin: the processor finds out the rest of them */                  \
+            for (int n = 0; n < RN; n++) {                                                                             \
+                __builtin_prefetch(w + (n + RN) * K);                                                                  \
+                __builtin_prefetch((const char *)(w + (n + RN) * K) + 64);                                             \
+            }                                                                                                          \
+        ptrdiff_t k = 0;                                                                                               \
+        for (; k + STEP <= K; k += STEP) {                                                                             \
+            pair a[RN];                                                                                                \
+            UNROLL for (int n = 0; n < RN; n++) {                                                                      \
+                a[n] = LOAD(w + n * K + k);                                                                            \
+                if (RM > 1) __builtin_prefetch(w + n * K + k + AHEAD);                                                 \
+            }                                                                                                          \
+            UNROLL for (int m = 0; m < RM; m++) {                                                                      \
+                pair b = load_float(x + m * padded + k);                                                               \
+                UNROLL for (int n = 0; n < RN; n++) sum[n][m] = fused(a[n].a, b.a, sum[n][m]);                         \
+                UNROLL for (int n = 0; n < RN; n++) sum[n][m] = fused(a[n].b, b.b, sum[n][m]);                         \
+            }                                                                                                          \
+        }                                                                                                              \
+        if (k < K)                                                                                                     \
+            for (int n = 0; n < RN; n++) {                                                                             \
+                TYPE rest[STEP] = {0};                                                                                 \
+                memcpy(rest, w + n * K + k, (size_t)(K - k) * sizeof *rest);                                           \
+                pair a = LOAD(rest);                                                                                   \
+                for (int m = 0; m < RM; m++) {                                                                         \
+                    pair b = load_float(x + m * padded + k);                                                           \
+                    sum[n][m] = fused(a.a, b.a, sum[n][m]);                                                            \
+                    sum[n][m] = fused(a.b, b.b, sum[n][m]);                                                            \
+                }                                                                                                      \
+            }                                                                                                          \
+        UNROLL for (int n = 0; n < RN; n++) UNROLL for (int m = 0; m < RM; m++) y[row[m] * N + n] = total(sum[n][m]);  \
     }
 
-#define SWEEP(NAME, ROWS, WIDE)                                                                                \
-    for (; m + ROWS <= rows; m += ROWS) {                                                                      \
-        ptrdiff_t n = begin;                                                                                   \
-        for (; n + WIDE <= end; n += WIDE) NAME##_##ROWS(x + m * padded, w + n * K, y + n, row + m, N, K, padded); \
-        for (; n < end; n++) NAME##_##ROWS##_last(x + m * padded, w + n * K, y + n, row + m, N, K, padded);    \
+#define SWEEP(NAME, ROWS, WIDE)                                                                                        \
+    for (; m + ROWS <= rows; m += ROWS) {                                                                              \
+        ptrdiff_t n = begin;                                                                                           \
+        for (; n + WIDE <= end; n += WIDE) NAME##_##ROWS(x + m * padded, w + n * K, y + n, row + m, N, K, padded);     \
+        for (; n < end; n++) NAME##_##ROWS##_last(x + m * padded, w + n * K, y + n, row + m, N, K, padded);            \
     }
 
 // Rows begin..end of one matrix with all the rows of x that go with it, eight, four, two or one at a time.
-#define BLOCKS(NAME, TYPE, LOAD)                                                                               \
-    TILE(NAME##_8, TYPE, LOAD, 1, 8)                                                                           \
-    TILE(NAME##_8_last, TYPE, LOAD, 1, 8)                                                                      \
-    TILE(NAME##_4, TYPE, LOAD, 2, 4)                                                                           \
-    TILE(NAME##_4_last, TYPE, LOAD, 1, 4)                                                                      \
-    TILE(NAME##_2, TYPE, LOAD, 4, 2)                                                                           \
-    TILE(NAME##_2_last, TYPE, LOAD, 1, 2)                                                                      \
-    TILE(NAME##_1, TYPE, LOAD, 8, 1)                                                                     \
-    TILE(NAME##_1_last, TYPE, LOAD, 1, 1)                                                                      \
-    static void NAME(const float *x, const TYPE *w, float *y, const ptrdiff_t *row, ptrdiff_t rows,            \
-                     ptrdiff_t begin, ptrdiff_t end, ptrdiff_t N, ptrdiff_t K, ptrdiff_t padded) {             \
-        ptrdiff_t m = 0;                                                                                       \
-        SWEEP(NAME, 8, 1)                                                                                      \
-        SWEEP(NAME, 4, 2)                                                                                      \
-        SWEEP(NAME, 2, 4)                                                                                      \
-        SWEEP(NAME, 1, 8)                                                                                \
+#define BLOCKS(NAME, TYPE, LOAD)                                                                                       \
+    TILE(NAME##_8, TYPE, LOAD, 1, 8)                                                                                   \
+    TILE(NAME##_8_last, TYPE, LOAD, 1, 8)                                                                              \
+    TILE(NAME##_4, TYPE, LOAD, 2, 4)                                                                                   \
+    TILE(NAME##_4_last, TYPE, LOAD, 1, 4)                                                                              \
+    TILE(NAME##_2, TYPE, LOAD, 4, 2)                                                                                   \
+    TILE(NAME##_2_last, TYPE, LOAD, 1, 2)                                                                              \
+    TILE(NAME##_1, TYPE, LOAD, 8, 1)                                                                                   \
+    TILE(NAME##_1_last, TYPE, LOAD, 1, 1)                                                                              \
+    static void NAME(const float *x, const TYPE *w, float *y, const ptrdiff_t *row, ptrdiff_t rows,                    \
+                     ptrdiff_t begin, ptrdiff_t end, ptrdiff_t N, ptrdiff_t K, ptrdiff_t padded) {                     \
+        ptrdiff_t m = 0;                                                                                               \
+        SWEEP(NAME, 8, 1)                                                                                              \
+        SWEEP(NAME, 4, 2)                                                                                              \
+        SWEEP(NAME, 2, 4)                                                                                              \
+        SWEEP(NAME, 1, 8)                                                                                              \
     }
 
 BLOCKS(multiply_float, float, load_float)
@@ -161,9 +161,11 @@ int few_rows(const float *x, const void *w, float *y, const int64_t *group, ptrd
         ptrdiff_t e = used[task / blocks], begin = task % blocks * BLOCK, end = begin + BLOCK < N ? begin + BLOCK : N;
         ptrdiff_t from = first[e], count = first[e + 1] - from;
         if (is_bfloat)
-            multiply_bfloat(rows + from * padded, (const uint16_t *)w + e * N * K, y, row + from, count, begin, end, N, K, padded);
+            multiply_bfloat(rows + from * padded, (const uint16_t *)w + e * N * K, y, row + from, count, begin, end, N,
+                            K, padded);
         else
-            multiply_float(rows + from * padded, (const float *)w + e * N * K, y, row + from, count, begin, end, N, K, padded);
+            multiply_float(rows + from * padded, (const float *)w + e * N * K, y, row + from, count, begin, end, N, K,
+                           padded);
     }
     free(row);
     free(rows);

@@ -48,7 +48,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def suits(x: Tensor, weight: Tensor) -> bool:
     """Whether x (..., K) has few rows, on a CPU, in a dtype that `few_rows` takes, with no gradient and no autocast."""
     return (
-        x.device.type == "cpu"
+        x.is_cpu
         and 0 < x.numel() <= MOST_ROWS * x.shape[-1]
         and not torch.is_grad_enabled()
         and x.dtype == weight.dtype
@@ -69,19 +69,22 @@ def few_rows(x: Tensor, weight: Tensor, group: Tensor | None = None) -> Tensor:
 
 
 def _few_rows(x: Tensor, weight: Tensor, group: Tensor | None = None) -> Tensor:
-    assert x.dtype == weight.dtype and weight.is_contiguous()
     multiply = kernel()
     if multiply is None:
         return _with_torch(x, weight, group)
-    rows = x if x.dtype == torch.float32 and x.is_contiguous() else x.float().contiguous()
-    shape = len(rows), weight.shape[-2]
-    y = rows.new_empty(shape) if group is None else rows.new_zeros(shape)
-    matrices = len(weight) if weight.ndim == 3 else 1
-    names = None if group is None else group.contiguous().data_ptr()
-    is_bfloat = weight.dtype == torch.bfloat16
-    if multiply(rows.data_ptr(), weight.data_ptr(), y.data_ptr(), names, *shape, rows.shape[1], matrices, is_bfloat):
+    is_bfloat = weight.dtype is torch.bfloat16
+    rows = x.float().contiguous() if is_bfloat or not x.is_contiguous() else x
+    (count, inputs), outputs = rows.shape, weight.shape[-2]
+    if group is None:
+        matrices, names, y = 1, None, torch.empty(count, outputs)
+    else:
+        group = group.contiguous()
+        matrices, names, y = len(weight), group.data_ptr(), torch.zeros(count, outputs)
+    if multiply(
+        rows.data_ptr(), weight.data_ptr(), y.data_ptr(), names, count, outputs, inputs, matrices, is_bfloat
+    ):  # fmt: skip
         raise MemoryError("few_rows: no memory to sort the rows by their matrices")
-    return y if x.dtype == torch.float32 else y.to(x.dtype)
+    return y.to(x.dtype) if is_bfloat else y
 
 
 def _with_torch(x: Tensor, weight: Tensor, group: Tensor | None) -> Tensor:
