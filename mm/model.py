@@ -5,6 +5,7 @@ Shape legend: `B` rows, `T` positions, `D` width, `V` vocabulary, `M` media item
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -247,7 +248,10 @@ class MultimodalModel(nn.Module):
     def compiled_step(self) -> Callable[[Tensor, Cache], Tensor]:
         """`step` as one program of torch.compile, which is made when it is first run: seconds, or a minute."""
         if self._compiled_step is None:
-            self._compiled_step = torch.compile(self._step, fullgraph=True, options=_COMPILE)
+            # Under a name of its own: torch.compile keeps its programs by the code, and must not mix up two models.
+            code = type(self)._step.__code__.replace(co_name=f"_step_of_{id(self):x}")
+            own = types.FunctionType(code, globals(), code.co_name)
+            self._compiled_step = torch.compile(types.MethodType(own, self), fullgraph=True, options=_COMPILE)
         return self._compiled_step
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MultimodalModel:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,8 @@ from mm.generation.engine import generate_ids
 from mm.model import MultimodalModel
 from mm.testing import tiny_decoder
 from mm.tokenizers.text import TextTokenizer
+from tests.decoder.families.parity import Case, make_pair
+from tests.generation.test_transformers import CONFIGS
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +28,7 @@ def model(tokenizer: TextTokenizer) -> MultimodalModel:
 
 @pytest.fixture
 def ids() -> tuple[torch.Tensor, torch.Tensor]:
-    ids = torch.randint(10, 60, (3, 9), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(10, 60, (3, 9), generator=torch.Generator().manual_seed(0))  # below every vocabulary here
     mask = torch.tensor([[1] * 9, [0] * 4 + [1] * 5, [1] * 2 + [0] * 7])
     return ids, mask
 
@@ -37,14 +40,34 @@ def eagerly(model: MultimodalModel) -> MultimodalModel:
     return model
 
 
-def test_tokens_of_the_dynamic_cache_compiled(model: MultimodalModel, ids: Any) -> None:
-    """Rows of different lengths that end at different times, and more tokens than there was room for."""
-    stop = {7, 8}
-    options: dict[str, Any] = {"max_new_tokens": ROOM + 8, "stop": stop, "temperature": 1.0, "seed": [1, 2, 3]}
-    expected = generate_ids(model, *ids, **options)
-    lengths = {int((row != 0).sum()) for row in expected}
-    assert len(lengths) > 1 and expected.shape[1] == ROOM + 8  # or the seeds show too little
-    assert torch.equal(generate_ids(model, *ids, **options, cache="static"), expected)
+def test_tokens_of_the_dynamic_cache_compiled(model: MultimodalModel, tokenizer: TextTokenizer, ids: Any) -> None:
+    """Rows of different lengths that end at different times, more tokens than there was room for; and another model,
+    whose step is the same code: each keeps to its own program."""
+    torch.manual_seed(1)
+    other = MultimodalModel(tokenizer, tiny_decoder(width=16, vocab_size=tokenizer.vocab_size)).eval()
+    options: dict[str, Any] = {"max_new_tokens": ROOM + 8, "stop": {7, 8}, "temperature": 1.0, "seed": [1, 2, 3]}
+    for each in (model, other, model):
+        expected = generate_ids(each, *ids, **options)
+        if each is model:
+            lengths = {int((row != 0).sum()) for row in expected}
+            assert len(lengths) > 1 and expected.shape[1] == ROOM + 8  # or the seeds show too little
+        assert torch.equal(generate_ids(each, *ids, **options, cache="static"), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", CONFIGS)
+def test_published_families_compiled(family: str, ids: Any, tmp_path: Path) -> None:
+    """Latent attention, windows and sinks, biases, every kind of router."""
+    model = make_pair(Case(CONFIGS[family]), tmp_path).model
+    expected = generate_ids(model, *ids, max_new_tokens=20, stop={7})
+    assert torch.equal(generate_ids(model, *ids, max_new_tokens=20, stop={7}, cache="static"), expected)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_published_families(family: str, ids: Any, tmp_path: Path) -> None:
+    model = eagerly(make_pair(Case(CONFIGS[family]), tmp_path).model)
+    expected = generate_ids(model, *ids, max_new_tokens=20, stop={7})
+    assert torch.equal(generate_ids(model, *ids, max_new_tokens=20, stop={7}, cache="static"), expected)
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 4}, {"repetition_penalty": 1.3}], ids=str)
