@@ -23,6 +23,7 @@ ON: dict[str, Any] = {
     "top_p, min_p or typical_p": {"top_p": 0.9},
     "top_k": {"top_k": 4},
     "a cache that loses tokens": {"cache": "window"},
+    "the static cache": {"cache": "static"},
     "a cache other than dynamic": {"cache": "int8"},
 }
 
