@@ -8,7 +8,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-EXTRAS := demo,eval,dev,hf,curate,parquet,constrained,retrieval
+EXTRAS := demo,eval,dev,hf,curate,parquet,constrained,retrieval,serve
 SECONDS_FILE := $(VENV)/.install-seconds
 
 .PHONY: demo test lint bench clean-demo venv clock
