@@ -1,0 +1,57 @@
+"""Products of few rows with large matrices: mm's, torch's, and the memory.
+
+    OMP_NUM_THREADS=1 python benchmarks/few_rows.py
+
+float32, one thread, process CPU time, alternatives in turn, medians of 7. Each shape's matrices fill 160 MB, more than
+the caches hold. GB/s of weights read, and the share of what a sum over the same memory reads. Goal: mm's at least as
+fast as torch's with 1, 2, 4 and 8 rows.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+
+import torch
+import torch.nn.functional as F
+
+from mm.decoder.few_rows import MOST_ROWS, few_rows
+
+SHAPES = [(1280, 640), (3456, 640), (640, 1728), (16384, 640), (512, 256)]
+BYTES = 160e6
+
+
+@torch.inference_mode()
+def main() -> int:
+    torch.set_num_threads(1)
+    print(f"torch {torch.__version__}\n| matrix | rows | sum, GB/s | torch | mm | mm against torch |\n{'| --- ' * 6}|")
+    reached = True
+    for outputs, inputs in SHAPES:
+        weights = torch.randn(int(BYTES / 4 / outputs / inputs), outputs, inputs)
+        for rows in (1, 2, 4, 8, MOST_ROWS):
+            x = torch.randn(rows, inputs)
+            ways = {
+                "sum": lambda weights=weights: weights.sum(),
+                "torch": lambda x=x, weights=weights: [F.linear(x, weight) for weight in weights],
+                "mm": lambda x=x, weights=weights: [few_rows(x, weight) for weight in weights],
+            }
+            seconds: dict[str, list[float]] = {name: [] for name in ways}
+            for _ in range(8):
+                for name, work in ways.items():
+                    start = time.process_time()
+                    work()
+                    seconds[name].append(time.process_time() - start)
+            took = {name: statistics.median(times[1:]) for name, times in seconds.items()}  # the first compiles
+            rate, share = 4e-9 * weights.numel() / took["sum"], {name: took["sum"] / took[name] for name in ways}
+            print(
+                f"| {outputs} x {inputs} | {rows} | {rate:.1f} | {share['torch']:.2f} | {share['mm']:.2f} "
+                f"| {took['torch'] / took['mm']:.2f}x |",
+                flush=True,
+            )
+            reached &= rows > 8 or took["mm"] <= took["torch"]
+    return 0 if reached else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
