@@ -1,6 +1,6 @@
 // Products of few rows with large matrices, as in decoding: y = x W^T, at the speed at which W can be read.
 //
-// A BLAS is made for many rows: with one it reaches 0.6 to 0.9 of the memory's bandwidth here, with eight 0.2 to 0.3
+// A BLAS is made for many rows: with one it reaches 0.6 to 0.8 of the memory's bandwidth here, with eight 0.2 to 0.4
 // (benchmarks/few_rows.py). Here each row of W is read once for up to eight rows of x, and several rows of W at a time
 // where there is one. Every number of y is summed in the same order whatever the number of rows: a request gets in a
 // batch, to the last bit, what it gets alone.
