@@ -58,7 +58,10 @@ class Row:
         return met if self.found >= self.floor else "MISSED"
 
 
-HEAD = "| what | run | rate | noise | ratio | of the limit | floor / goal | |\n| --- | --- | --- | --- | --- | --- | --- | --- |"
+HEAD = (
+    "| what | run | rate | noise | ratio | of the limit | floor / goal | |\n"
+    "| --- | --- | --- | --- | --- | --- | --- | --- |"
+)
 
 
 def line(row: Row) -> str:
@@ -66,7 +69,8 @@ def line(row: Row) -> str:
     share = "" if row.share is None else f"{row.share:.2f} of {row.limit}"
     goals = "" if row.floor is None else " / ".join(f"{x:g}" for x in (row.floor, row.goal) if x is not None)
     rate = f"{row.rate:,.0f}" if row.rate >= 100 else f"{row.rate:.3g}"
-    return f"| {row.what} | {row.run} | {rate} {row.unit} | {row.noise:.0%} | {ratio} | {share} | {goals} | {row.verdict} |"
+    cells = (row.what, row.run, f"{rate} {row.unit}", f"{row.noise:.0%}", ratio, share, goals, row.verdict)
+    return f"| {' | '.join(cells)} |"
 
 
 class Bench:

@@ -1,4 +1,4 @@
-"""A mixture-of-experts layer, forward and backward: `mm`'s against transformers' on the same weights, and a dense layer.
+"""An expert layer, forward and backward: `mm`'s against transformers' on the same weights, and against a dense layer.
 
     OMP_NUM_THREADS=1 python benchmarks/moe.py --clock cpu
 
@@ -9,6 +9,7 @@ dispatch leaves. Values and gradients are compared with transformers' eager loop
 from __future__ import annotations
 
 import sys
+from functools import partial
 from typing import Any
 
 import torch
@@ -78,7 +79,7 @@ def main() -> int:
             "dense": GatedFFN(WIDTH, chosen * HIDDEN),
         }
         x, grad = torch.randn(1, tokens, WIDTH, dtype=dtype), torch.randn(1, tokens, WIDTH, dtype=dtype)
-        calls = {name: lambda layer=layer.to(dtype): run(layer, x, grad) for name, layer in layers.items()}
+        calls = {name: partial(run, layer.to(dtype), x, grad) for name, layer in layers.items()}
         for found, wanted in zip(calls["mm"](), calls["transformers eager"](), strict=True):
             tolerance = 1e-4 if dtype == torch.float32 else 0.05  # of their largest; sums are in another order
             torch.testing.assert_close(found, wanted, rtol=0, atol=tolerance * float(wanted.abs().max()))

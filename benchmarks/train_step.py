@@ -83,11 +83,12 @@ def main() -> int:
         "transformers, float32, foreach": their_step(copy.deepcopy(theirs), ids, fused=False),
         "transformers, float32, fused": their_step(copy.deepcopy(theirs), ids, fused=True),
         "mm, float32": our_step(copy.deepcopy(ours), ids, bfloat16=False),
-        "mm, bfloat16 autocast": our_step(copy.deepcopy(ours), ids, bfloat16=True),
     }
+    if native:  # elsewhere a step takes ten times as long
+        calls["mm, bfloat16 autocast"] = our_step(copy.deepcopy(ours), ids, bfloat16=True)
     first = {name: float(call()) for name, call in calls.items()}
     assert abs(first["mm, float32"] - first["transformers, float32, foreach"]) < 1e-4, first
-    assert abs(first["mm, bfloat16 autocast"] - first["mm, float32"]) < 0.02, first
+    assert abs(first.get("mm, bfloat16 autocast", first["mm, float32"]) - first["mm, float32"]) < 0.02, first
     product = {dtype: torch.randn(1024, 1024, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)}
     timed = calls | {f"product {dtype}": lambda a=a: a @ a for dtype, a in product.items()}
     seconds = bench.times(timed, warmup=1)

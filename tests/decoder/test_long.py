@@ -11,7 +11,7 @@ import pytest
 SCRIPT = """
 import resource, sys, torch
 from functools import partial
-from mm.decoder.attention.grouped import GroupedAttention
+from mm.decoder.attention.grouped import GroupedAttention, Scores
 from mm.decoder.decoder import Decoder, LayerGroup
 from mm.decoder.ffn.dense import GatedFFN
 from mm.decoder.positions import Alibi, Rotary
@@ -21,7 +21,7 @@ from mm.testing import tiny_tokenizer
 from mm.types import Batch
 
 kind, length = sys.argv[1], int(sys.argv[2])
-options = {"packed": {}, "window": {"window": 512}, "alibi": {"positions": Alibi()}, "sinks": {"sinks": True}}[kind]
+options = {"packed": {}, "window": {"window": 512}, "alibi": {"positions": Alibi()}, "sinks": {"scores": Scores(sinks=True)}}[kind]
 options = {"positions": Rotary()} | options
 mixer = partial(GroupedAttention, heads=4, kv_heads=2, **options)
 groups = [LayerGroup(["m/f"], 4)]

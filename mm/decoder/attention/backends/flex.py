@@ -36,7 +36,7 @@ def attend(
     if not q.is_cuda and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         raise ValueError("attention backend 'flex' has no backward pass on a CPU; set backend: sdpa")
     kernel: Any = _compiled() if q.is_cuda else flex_attention
-    y, aux = kernel(
+    y = kernel(
         q.transpose(1, 2),
         k.transpose(1, 2),
         v.transpose(1, 2),
@@ -44,9 +44,10 @@ def attend(
         block_mask=layout.remember(("flex", window), lambda: _block_mask(layout, window)),
         scale=scale,
         enable_gqa=q.shape[2] != k.shape[2],
-        return_aux=AuxRequest(lse=True),
+        return_aux=None if sinks is None else AuxRequest(lse=True),  # compiled for a CPU it can say none
     )
     if sinks is not None:
+        y, aux = y
         # exp(sink) more in the denominator: sum / (sum + exp(sink)) = sigmoid(log(sum) - sink)
         y = y * (aux.lse - sinks.float()[:, None]).sigmoid()[..., None].to(y.dtype)
     return y.transpose(1, 2)
