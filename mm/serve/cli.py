@@ -39,7 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _serve(server: Server, args: argparse.Namespace, listening: socket.socket) -> int:
+    import contextlib
     import logging
+    import signal
 
     from mm.serve.run import http_server
 
@@ -52,7 +54,9 @@ def _serve(server: Server, args: argparse.Namespace, listening: socket.socket) -
     shown = f"[{host}]" if ":" in host else host
     kinds = ", ".join(("text", *server.model.media_specs()))
     print(f"{server.name} ({kinds}) at http://{shown}:{port}/  API at http://{shown}:{port}/v1", flush=True)
-    http_server(server, host, port).run(sockets=[listening])
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends it as Ctrl-C does
+    with contextlib.suppress(KeyboardInterrupt):  # how uvicorn says, once all is done, that it was interrupted
+        http_server(server, host, port).run(sockets=[listening])
     return 0
 
 
