@@ -173,9 +173,8 @@ def test_answers_that_follow_a_schema(here: Running, ai: OpenAI) -> None:
     )
     message = parsed.choices[0].message
     assert isinstance(message.parsed, Answer) and parsed.choices[0].finish_reason == "stop"
-    again = ai.chat.completions.create(  # the message goes back as the client has it
-        model=NAME, messages=[*user("what?"), message, *user("sure?")], max_tokens=4
-    )
+    back: Any = [*user("what?"), message, *user("sure?")]  # as the client has it
+    again = ai.chat.completions.create(model=NAME, messages=back, max_tokens=4)
     assert again.usage is not None and again.usage.prompt_tokens > 20
     with ai.chat.completions.stream(
         model=NAME, messages=user("what?"), response_format=Answer, max_tokens=200, seed=1

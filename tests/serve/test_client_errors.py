@@ -157,6 +157,14 @@ def _failing() -> None:
     raise RuntimeError("no memory left")
 
 
+def test_a_refusal_reaches_a_client_that_still_sends(here: Running, ai: OpenAI) -> None:
+    """Its connection is not closed amid the body: that loses the answer."""
+    for _ in range(20):
+        refused(openai.AuthenticationError, "invalid_api_key", ai.with_options(api_key="another"))
+    large = user("a" * (here.server.media_limits.body_bytes + 1_000_000))
+    refused(openai.APIStatusError, "body_too_large", ai, messages=large)
+
+
 def test_models(ai: OpenAI) -> None:
     [model] = ai.models.list().data
     assert (model.id, model.object, model.owned_by) == (NAME, "model", "mm") and model.created > 1_700_000_000

@@ -20,7 +20,7 @@ from mm.serve.other import embed_media
 from mm.serve.run import Running, running
 from mm.testing import tiny_model
 from mm.tools.embeddings import TextEmbedder
-from mm.types import Media
+from mm.types import Kind, Media
 
 from .clients import async_client, client, said, user
 from .conftest import PUBLIC, Web
@@ -28,7 +28,7 @@ from .files import film, picture, sound
 
 NAME = "tiny"
 QUESTION: Any = {"type": "text", "text": "what colour?"}
-FILES = {
+FILES: dict[str, tuple[Kind, bytes]] = {
     "png": ("image", picture()),
     "jpg": ("image", picture("JPEG", 24)),
     "wav": ("audio", sound()),
