@@ -166,14 +166,16 @@ class TextTokenizer:
 class StreamDecoder:
     """Ids to text as they come: each `push` gives the text that is complete, holding back a character's first bytes.
 
-    What all pushes and the final `flush` give, joined, is what `decode` gives for all the ids.
+    What all pushes and the final `flush` give, joined, is what `decode` gives for all the ids. `continues`: as what
+    follows other text, whose spaces are its own from the first on.
     """
 
-    def __init__(self, tokenizer: TextTokenizer, skip_specials: bool = True) -> None:
+    def __init__(self, tokenizer: TextTokenizer, skip_specials: bool = True, continues: bool = False) -> None:
         self._tokenizer = tokenizer
         self._skipped = tokenizer._special_ids if skip_specials else frozenset()
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._spaces = tokenizer._pieces.leading_spaces  # still to be taken off the start
+        self._leading = 0 if continues else tokenizer._pieces.leading_spaces
+        self._spaces = self._leading  # still to be taken off the start
 
     def push(self, *ids: int) -> str:
         data = b"".join(self._tokenizer.token_bytes(int(i)) for i in ids if int(i) not in self._skipped)
@@ -185,7 +187,7 @@ class StreamDecoder:
         """What was held back: U+FFFD where the ids ended within a character. Ready for another text afterwards."""
         rest = self._utf8.decode(b"", final=True)
         self._utf8.reset()
-        self._spaces = self._tokenizer._pieces.leading_spaces
+        self._spaces = self._leading
         return rest
 
 

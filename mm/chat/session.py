@@ -118,6 +118,8 @@ class ChatSession:
                     turn.pieces.append(part)
                     yield part
                 else:  # what tools were asked, and said
+                    if turn.pieces:
+                        yield "\n\n"  # before what follows; what was said stays in the chat as it was
                     messages += [part.messages[0], {**part.messages[1], "from_tools": True}]
                     turn.pieces.clear()
         except Exception:

@@ -117,7 +117,7 @@ class Engine:
         own. Arguments and errors as in `submit`."""
         decoding = self._decoding(max_new_tokens, max_length, options)
         (request,) = encode_requests(self.model, [sample], seed, max_new_tokens, max_length, decoding.thinking)
-        return self._ticket(request, decoding, max_new_tokens)
+        return self._ticket(request, decoding, max_new_tokens, request.opening)
 
     def prepare_ids(
         self,
@@ -127,16 +127,17 @@ class Engine:
         max_length: int | None = None,
         **options: Unpack[Options],
     ) -> Ticket:
-        """As `prepare`, for text that is continued as it is: token ids, at least one. Raises ValueError also for an id
-        that is none of the model's."""
+        """As `prepare`, for text that is continued as it is: token ids, at least one. No reasoning is taken out of it.
+        Raises ValueError also for an id that is none of the model's."""
         decoding = self._decoding(max_new_tokens, max_length, options)
         request = ids_request(self.model, ids, seed, max_new_tokens, max_length)
         if decoding.thinking is not None:
             raise ValueError(f"thinking={decoding.thinking} is for chats; ids are continued as they are")
-        return self._ticket(request, decoding, max_new_tokens)
+        return self._ticket(request, decoding, max_new_tokens, opening=None)
 
     def add(self, ticket: Ticket) -> Ticket:
-        """Queues a ticket that `prepare` made."""
+        """Queues a ticket that `prepare` made, or that of an engine that had to be made anew."""
+        ticket.engine = self
         self.waiting.append(ticket)
         return ticket
 
@@ -147,7 +148,7 @@ class Engine:
             raise ValueError(f"{name}: the engine decodes token by token; use generate")
         return decoding
 
-    def _ticket(self, request: Request, decoding: Decoding, max_new_tokens: int) -> Ticket:
+    def _ticket(self, request: Request, decoding: Decoding, max_new_tokens: int, opening: Tensor | None) -> Ticket:
         room = self.pages.count * self.pages.size
         if not self.pages.grows and request.encoded.length + max_new_tokens > room:
             raise ContextTooLong(
@@ -156,7 +157,7 @@ class Engine:
             )
         prompts = Prompts({}, [request.encoded.ids], [request.name], [request.generator], [request.opening])
         shaper = Shaper(self.model, prompts, decoding, stop_ids(self.model))
-        return Ticket(self, request.encoded, request.name, shaper, max_new_tokens)
+        return Ticket(self, request.encoded, request.name, shaper, max_new_tokens, opening)
 
     def run(self) -> None:
         """Until every request has ended."""

@@ -91,13 +91,18 @@ class Splitter:
 
 
 class Speaker:
-    """`opening` (n,) int64 are the ids with which the template opened the answer's turn."""
+    """`opening` (n,) int64 are the ids with which the template opened the answer's turn. Without one, it is text that
+    goes on, and all of it is told, tags too."""
 
-    def __init__(self, model: GenerativeModel, decoding: Decoding, opening: Tensor) -> None:
+    def __init__(self, model: GenerativeModel, decoding: Decoding, opening: Tensor | None) -> None:
         tokenizer = model.tokenizer
+        self._decoder = StreamDecoder(tokenizer, continues=opening is None)
+        self._cutter = Cutter(decoding.stop_strings)
+        if opening is None:
+            self._specials, self._splitter = [None, None], Splitter(None, opened=False)
+            return
         tags = decoding.thinking_tags or model.template.thinking_tags
         self._specials = [tokenizer.specials.get(tag) for tag in tags]
-        self._decoder, self._cutter = StreamDecoder(tokenizer), Cutter(decoding.stop_strings)
         self._splitter = Splitter(tags if None in self._specials else None, is_open(tokenizer, opening, tags))
 
     @property

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from mm.datasets.processor import Encoded
 from mm.generation.caches.paged import Table
@@ -26,10 +27,18 @@ class Ticket(Iterator[str]):
 
     `ids` grow as they come, `logprobs` with them if asked for; `finish_reason` is "stop", "length" or "cancelled" at
     the end, None before. `shared` of the prompt's positions were found in the cache. What failed for this request alone
-    is raised here, by its next piece.
+    is raised here, by its next piece. `opening` is a Speaker's.
     """
 
-    def __init__(self, engine: Engine, encoded: Encoded, name: str, shaper: Shaper, max_new_tokens: int) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        encoded: Encoded,
+        name: str,
+        shaper: Shaper,
+        max_new_tokens: int,
+        opening: Tensor | None,
+    ) -> None:
         self.ids: list[int] = []
         self.logprobs: list[TokenLogprob] | None = None if shaper.decoding.logprobs is None else []
         self.finish_reason: str | None = None
@@ -42,7 +51,7 @@ class Ticket(Iterator[str]):
         self.sequence: DecoderInput | None = None  # of the prompt, until it is read
         self.cross: CrossMedia | None = None
         self.next_position = 0
-        self._speaker = Speaker(engine.model, shaper.decoding, shaper.prompts.openings[0])
+        self._speaker = Speaker(engine.model, shaper.decoding, opening)
         self._pieces: deque[str] = deque()
 
     def __next__(self) -> str:

@@ -39,7 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _serve(server: Server, args: argparse.Namespace, listening: socket.socket) -> int:
+    import contextlib
     import logging
+    import signal
 
     from mm.serve.run import http_server
 
@@ -52,7 +54,9 @@ def _serve(server: Server, args: argparse.Namespace, listening: socket.socket) -
     shown = f"[{host}]" if ":" in host else host
     kinds = ", ".join(("text", *server.model.media_specs()))
     print(f"{server.name} ({kinds}) at http://{shown}:{port}/  API at http://{shown}:{port}/v1", flush=True)
-    http_server(server, host, port).run(sockets=[listening])
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends it as Ctrl-C does
+    with contextlib.suppress(KeyboardInterrupt):  # how uvicorn says, once all is done, that it was interrupted
+        http_server(server, host, port).run(sockets=[listening])
     return 0
 
 
@@ -84,11 +88,15 @@ def _server(args: argparse.Namespace, key: str | None) -> Server:
 
 
 def _listening(host: str, port: int) -> socket.socket:
+    if not 0 <= port < 2**16:  # the system takes others too, less a multiple of 2**16
+        raise ValueError(f"--port {port}: give a number from 0 to {2**16 - 1}")
     try:
         [family, *_, address] = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address[:2], family=family, backlog=1024)
-    except (OSError, OverflowError) as error:
-        raise ValueError(f"--host {host} --port {port}: {getattr(error, 'strerror', None) or error}") from error
+    except socket.gaierror as error:
+        raise ValueError(f"--host {host}: {error.strerror}") from error
+    except OSError as error:
+        raise ValueError(f"--host {host} --port {port}: {os.strerror(error.errno or 0)}") from error
 
 
 def _is_local(host: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import time
 from collections.abc import AsyncIterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from mm.generation.tickets import Ticket
 from mm.serve.forms import CompletionForm
 from mm.serve.limits import Refused
 from mm.serve.options import prepared, sampling, seeds, told
-from mm.serve.wire import LOWEST, EventStream, token_text
+from mm.serve.wire import LOWEST, EventStream, token_bytes, token_text
 from mm.serve.worker import Answers
 from mm.tokenizers.text import TextTokenizer
 
@@ -78,7 +79,7 @@ def _prompts(prompt: Any, server: Server) -> list[list[int]]:
 
 
 class _Echo:
-    """A prompt as its answer repeats it; `text` is "" where it does not. `logprobs` are of all its tokens but the
+    """A prompt as an answer repeats it; `text` is "" where it does not. `logprobs` are of all its tokens but the
     first."""
 
     def __init__(self, tokenizer: TextTokenizer, ids: list[int]) -> None:
@@ -86,15 +87,29 @@ class _Echo:
         self.logprobs: list[TokenLogprob] = []
 
 
+class _Offsets:
+    """Where in a text each of its tokens begins, in characters: of one that several tokens spell, at the first."""
+
+    def __init__(self) -> None:
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._at = 0
+
+    def push(self, data: bytes) -> int:
+        at = self._at
+        self._at += len(self._utf8.decode(data))
+        return at
+
+
 class _Reply:
     def __init__(
         self, server: Server, form: CompletionForm, about: dict[str, Any], echoes: Sequence[_Echo], read: int
     ) -> None:
         self._server, self._form, self._about, self._echoes, self._read = server, form, about, echoes, read
+        self._offsets = [_Offsets() for _ in echoes]
 
     def only_echoes(self) -> dict[str, Any]:
         choices = [self._choice(index, echo.text, [], "length") for index, echo in enumerate(self._echoes)]
-        return {**self._about, "choices": choices, "usage": self._usage(0)}
+        return {**self._about, "choices": choices, "usage": self._usage([])}
 
     async def whole(self, answers: Answers) -> dict[str, Any]:
         texts = [[echo.text] for echo in self._echoes]
@@ -105,55 +120,51 @@ class _Reply:
             self._choice(index, "".join(texts[index]), ticket.logprobs or [], ticket.finish_reason)
             for index, ticket in enumerate(answers.tickets)
         ]
-        return {**self._about, "choices": choices, "usage": self._usage(sum(len(each.ids) for each in answers.tickets))}
+        return {**self._about, "choices": choices, "usage": self._usage(answers.tickets)}
 
     async def chunks(self, answers: Answers) -> AsyncIterator[dict[str, Any]]:
         options = self._form.stream_options
         begun = [False] * len(self._echoes)
-        offsets = [0] * len(self._echoes)
         async for index, piece in self._server.pieces(answers):
             text = "" if begun[index] else self._echoes[index].text
             first, begun[index] = not begun[index], True
             if piece is None:
                 reason = answers.tickets[index].finish_reason
-                yield {**self._about, "choices": [self._choice(index, text, [], reason, first, offsets[index])]}
+                yield {**self._about, "choices": [self._choice(index, text, [], reason, first)]}
                 continue
-            text += piece.text
-            yield {**self._about, "choices": [self._choice(index, text, piece.logprobs, None, first, offsets[index])]}
-            offsets[index] += len(text)
+            choice = self._choice(index, text + piece.text, piece.logprobs, None, first)
+            yield {**self._about, "choices": [choice]}
         if options is not None and options.include_usage:
-            yield {**self._about, "choices": [], "usage": self._usage(sum(len(each.ids) for each in answers.tickets))}
+            yield {**self._about, "choices": [], "usage": self._usage(answers.tickets)}
 
     def _choice(
-        self,
-        index: int,
-        text: str,
-        logprobs: list[TokenLogprob],
-        reason: str | None,
-        with_echo: bool = True,
-        offset: int = 0,
+        self, index: int, text: str, logprobs: list[TokenLogprob], reason: str | None, with_echo: bool = True
     ) -> dict[str, Any]:
-        likely = None if self._form.logprobs is None else self._logprobs(index, logprobs, with_echo, offset)
+        likely = None if self._form.logprobs is None else self._logprobs(index, logprobs, with_echo)
         return {"index": index, "text": text, "logprobs": likely, "finish_reason": reason}
 
-    def _logprobs(self, index: int, logprobs: list[TokenLogprob], with_echo: bool, offset: int) -> dict[str, Any]:
+    def _logprobs(self, index: int, logprobs: list[TokenLogprob], with_echo: bool) -> dict[str, Any]:
         tokenizer, echo = self._server.model.tokenizer, self._echoes[index]
         first = echo.ids[:1] if with_echo else []  # nothing before it says how likely it was
         entries = [*(echo.logprobs if with_echo else []), *logprobs]
-        tokens = [token_text(tokenizer, token) for token in [*first, *(entry.id for entry in entries)]]
-        offsets = [offset]
-        for token in tokens:
-            offsets.append(offsets[-1] + len(token))
+        spelled = [token_bytes(tokenizer, token) for token in [*first, *(entry.id for entry in entries)]]
         top = [
-            {token_text(tokenizer, token): max(value, LOWEST) for token, value in entry.top} if entry.top else None
+            {token_text(token_bytes(tokenizer, token)): max(value, LOWEST) for token, value in entry.top}
             for entry in entries
         ]
         return {
-            "tokens": tokens,
+            "tokens": [token_text(data) for data in spelled],
             "token_logprobs": [*([None] * len(first)), *(max(entry.logprob, LOWEST) for entry in entries)],
-            "top_logprobs": [*([None] * len(first)), *top],
-            "text_offset": offsets[:-1],
+            "top_logprobs": [*([None] * len(first)), *top] if self._form.logprobs else None,
+            "text_offset": [self._offsets[index].push(data) for data in spelled],
         }
 
-    def _usage(self, written: int) -> dict[str, int]:
-        return {"prompt_tokens": self._read, "completion_tokens": written, "total_tokens": self._read + written}
+    def _usage(self, tickets: Sequence[Ticket]) -> dict[str, Any]:
+        """Each prompt counts once, however many answers it has."""
+        written = sum(len(ticket.ids) for ticket in tickets)
+        return {
+            "prompt_tokens": self._read,
+            "completion_tokens": written,
+            "total_tokens": self._read + written,
+            "prompt_tokens_details": {"cached_tokens": sum(each.shared for each in tickets[:: self._form.n or 1])},
+        }

@@ -81,10 +81,12 @@ Text = str | list[TextPart]
 class CalledFunction(Form):
     name: str
     arguments: str
+    parsed_arguments: Any = None  # OpenAI's client sends back what it made of them
 
 
 class Call(Form):
     id: str
+    index: int | None = None  # of a stream
     type: Literal["function"] = "function"
     function: CalledFunction
 
@@ -108,7 +110,8 @@ class AssistantMessage(Form):
     reasoning_content: str | None = None  # ours, as answers have it
     refusal: str | None = None
     name: str | None = None
-    # What clients send back of an answer as they got it.
+    # What clients send back of an answer as they got it, or made of it.
+    parsed: Any = None
     annotations: list[Any] | None = None
     audio: None = None
     function_call: None = None
@@ -126,7 +129,7 @@ Message = Annotated[SystemMessage | UserMessage | AssistantMessage | ToolMessage
 class Function(Form):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
     description: str = ""
-    parameters: dict[str, Any] = {"type": "object", "properties": {}}
+    parameters: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
     strict: bool | None = None
 
 

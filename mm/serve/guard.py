@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import contextlib
 import hmac
 import logging
 import secrets
@@ -24,6 +25,7 @@ from mm.serve.metrics import Metrics
 
 LOG = logging.getLogger("mm.serve")
 GRACE = 10.0  # seconds that a client has to read the end of an answer whose time is up
+READ_ON = 1.0  # seconds for the rest of a body that is refused
 UPLOADS = "/v1/files"  # takes forms; all else that is sent is JSON
 LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 HEADERS = {
@@ -36,8 +38,9 @@ HEADERS = {
 
 
 class Guard:
-    """ASGI middleware. Puts into `scope["state"]`: `request_id`; `body` (bytes); `client`, whose places the request
-    takes; `deadline`, in the event loop's time; `exits`, an ExitStack that is closed however the request ends."""
+    """ASGI middleware. Puts into `scope["state"]`: `request_id`; `body` (bytes); `read`, whether that is all of it;
+    `client`, whose places the request takes; `deadline`, in the event loop's time; `exits`, an ExitStack that is closed
+    however the request ends."""
 
     def __init__(
         self,
@@ -92,6 +95,7 @@ class Guard:
 
     async def _body(self, scope: Scope, receive: Receive, exits: ExitStack) -> bytes:
         if scope["method"] not in ("POST", "PUT", "PATCH"):
+            scope["state"]["read"] = True
             return b""
         headers, most = Headers(scope=scope), self.media.body_bytes
         declared = headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -115,6 +119,7 @@ class Guard:
                     if message["type"] == "http.disconnect":
                         raise Refused("body_timeout", "the client went away")
                     chunk = message.get("body", b"")
+                    scope["state"]["read"] = not message.get("more_body")
                     held += len(chunk)
                     self._held += len(chunk)
                     if held > most:
@@ -169,8 +174,8 @@ class Guard:
         if refused.code == "invalid_api_key":
             page = "text/html" in Headers(scope=scope).get("accept", "")
             response.headers["WWW-Authenticate"] = 'Basic realm="mm", charset="UTF-8"' if page else "Bearer"
-        if scope["method"] not in ("GET", "HEAD"):
-            response.headers["Connection"] = "close"  # what is left of its body is not read
+        if refused.code == "body_timeout" or not await _read_on(scope, receive):
+            response.headers["Connection"] = "close"
         await response(scope, receive, reply)
 
 
@@ -191,6 +196,17 @@ class _Reply:
         elif message["type"] == "http.response.body" and not message.get("more_body"):
             self.complete = True
         await self._send(message)
+
+
+async def _read_on(scope: Scope, receive: Receive) -> bool:
+    """Reads the rest of a body, into nothing and not for long: to close amid it would lose the answer on the way to a
+    client that still sends. Returns whether all was read."""
+    read = scope.get("state", {}).get("read", False)
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(READ_ON):
+            while not read:
+                read = not (await receive()).get("more_body")
+    return read
 
 
 def log_refused(refused: Refused, request_id: str) -> None:

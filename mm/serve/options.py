@@ -77,11 +77,11 @@ def prepared(make: Callable[..., Ticket], limits: ServeLimits, tokens: int | Non
 
 def told(work: Callable[..., T], *args: Any, **options: Any) -> T:
     """What `work` gives; what it says of a request that makes no sense becomes Refused."""
+    prompt = "prompt" if "ids" in options else "messages"
     try:
         return work(*args, **options)
     except ContextTooLong as error:
-        raise Refused("context_length_exceeded", str(error), "messages") from None
+        raise Refused("context_length_exceeded", str(error), prompt) from None
     except ValueError as error:
-        schema = str(error).startswith("json_schema")
-        code, param = ("invalid_schema", "response_format") if schema else ("invalid_value", None)
-        raise Refused(code, str(error), param) from None
+        schema = str(error).startswith("json_schema") or str(error).startswith("the form cannot be followed")
+        raise Refused("invalid_schema" if schema else "invalid_value", str(error)) from None

@@ -157,7 +157,7 @@ def _content(content: str | Sequence[Part], opened: dict[int, Media]) -> str | l
 
 def _calls(message: AssistantMessage, place: int) -> list[ToolCall]:
     try:
-        return from_openai([call.model_dump() for call in message.tool_calls or ()])
+        return from_openai([call.model_dump(include={"id", "function"}) for call in message.tool_calls or ()])
     except ValueError as error:
         raise Refused("invalid_value", str(error), f"messages[{place}]") from None
 
@@ -173,7 +173,7 @@ def _with_tools(messages: list[dict[str, Any]], tools: Sequence[Tool]) -> list[d
     """The chat with its tools described at the end of the system prompt."""
     if not tools:
         return messages
-    text = describe([tool.model_dump(include={"type", "function"}) for tool in tools])
+    text = describe([tool.model_dump(exclude={"function": {"strict"}}) for tool in tools])
     if messages[0]["role"] == "system":
         return [{"role": "system", "content": f"{messages[0]['content']}\n\n{text}"}, *messages[1:]]
     return [{"role": "system", "content": text}, *messages]

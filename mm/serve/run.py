@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import threading
 from collections.abc import Iterator
@@ -15,10 +16,22 @@ from mm.model import MultimodalModel
 from mm.serve.app import Server
 from mm.serve.connection import bounded_protocol
 
-GOING_DOWN = 5  # seconds that answers have to end once the server was told to
+GOING_DOWN = 3  # seconds that answers have to end once the server was told to; then they are ended
+GRACE = 2  # seconds to tell their clients so
 
 
-def http_server(server: Server, host: str, port: int) -> uvicorn.Server:
+class HttpServer(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config, server: Server) -> None:
+        super().__init__(config)
+        self._server = server
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        ending = asyncio.get_running_loop().call_later(GOING_DOWN, self._server.worker.end)
+        await super().shutdown(sockets)
+        ending.cancel()
+
+
+def http_server(server: Server, host: str, port: int) -> HttpServer:
     config = uvicorn.Config(
         server.app,
         host,
@@ -31,11 +44,11 @@ def http_server(server: Server, host: str, port: int) -> uvicorn.Server:
         proxy_headers=False,
         server_header=False,
         timeout_keep_alive=10,
-        timeout_graceful_shutdown=GOING_DOWN,
+        timeout_graceful_shutdown=GOING_DOWN + GRACE,
         h11_max_incomplete_event_size=1 << 15,
         backlog=1024,
     )
-    return uvicorn.Server(config)
+    return HttpServer(config, server)
 
 
 @dataclass(frozen=True)

@@ -27,13 +27,30 @@ def forced_schema(tools: Sequence[Tool], choice: Any) -> dict[str, Any] | None:
     """The JSON schema of an answer that must be a call, or None: the model may also answer in text."""
     if not isinstance(choice, NamedTool) and choice != "required":
         return None
-    calls = [
-        {
-            "type": "object",
-            "properties": {"name": {"const": tool.function.name}, "arguments": tool.function.parameters},
-            "required": ["name", "arguments"],
-            "additionalProperties": False,
-        }
-        for tool in tools
-    ]
-    return calls[0] if len(calls) == 1 else {"anyOf": calls}
+    if len(tools) == 1:
+        return _call_schema(tools[0], "#")
+    return {"anyOf": [_call_schema(tool, f"#/anyOf/{place}") for place, tool in enumerate(tools)]}
+
+
+def _call_schema(tool: Tool, where: str) -> dict[str, Any]:
+    """The schema of a call, which stands at the JSON pointer `where`."""
+    arguments = _moved({"type": "object", **tool.function.parameters}, f"{where}/properties/arguments")
+    return {
+        "type": "object",
+        "properties": {"name": {"const": tool.function.name}, "arguments": arguments},
+        "required": ["name", "arguments"],
+        "additionalProperties": False,
+    }
+
+
+def _moved(schema: Any, where: str) -> Any:
+    """A schema that is no longer the root: its references to its own parts ("#/$defs/Place") lead to `where`."""
+    if isinstance(schema, list):
+        return [_moved(each, where) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    moved = {key: _moved(value, where) for key, value in schema.items()}
+    reference = schema.get("$ref")
+    if isinstance(reference, str) and (reference == "#" or reference.startswith("#/")):
+        moved["$ref"] = where + reference[1:]
+    return moved

@@ -25,8 +25,13 @@ def token_entry(tokenizer: TextTokenizer, likely: TokenLogprob) -> dict[str, Any
     return {**_token(tokenizer, likely.id, likely.logprob), "top_logprobs": alternatives}
 
 
-def token_text(tokenizer: TextTokenizer, token: int) -> str:
-    return token_bytes(tokenizer, token).decode("utf-8", "replace")
+def token_text(data: bytes) -> str:
+    """A token of a completion's `logprobs`, where tokens are keys: one that is no text alone is spelled by its bytes,
+    as OpenAI does."""
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
 
 def token_bytes(tokenizer: TextTokenizer, token: int) -> bytes:

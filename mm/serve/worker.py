@@ -145,10 +145,14 @@ class Worker:
         self._act(act)
         return await future
 
-    def close(self) -> None:
+    def end(self) -> None:
+        """What is at work fails, shutting_down, and so does what comes; returns at once."""
         with self._news:
             self._closing = True
             self._news.notify()
+
+    def close(self) -> None:
+        self.end()
         self._thread.join()
 
     def _act(self, act: Callable[[], Any]) -> None:
@@ -180,9 +184,9 @@ class Worker:
                 act()
             if self.engine.running or self.engine.waiting:
                 self._step()
-        self._fail(Refused("shutting_down", "the server was told to end"))
-        for act in inbox:  # calls that wait are not left waiting
+        for act in inbox:  # what waits is not left waiting
             act()
+        self._fail(Refused("shutting_down", "the server was told to end"))
 
     def _step(self) -> None:
         try:

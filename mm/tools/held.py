@@ -34,7 +34,7 @@ class CallFilter:
             end = min(
                 len(self._text) - begun(self._text, ["<tool_call>"]), unsure.start() if unsure else len(self._text)
             )
-        end = max(end, self._told)
+        end = max(len(self._text[:end].rstrip()), self._told)  # what stands between text and call is neither's
         new, self._told = self._text[self._told : end], end
         return new
 

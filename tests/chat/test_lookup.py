@@ -119,7 +119,7 @@ def counter(sample: Sample) -> str:
 def test_a_chat_calls_and_keeps_what_it_was_told(tmp_path: Path) -> None:
     session = ChatSession(ScriptedModel(tiny_tokenizer(), counter))
     session.tools = Tools.open(session.model, ["calculator"])
-    assert "".join(session.ask("What is 12 * 34?")) == "Let me see. It is 408."
+    assert "".join(session.ask("What is 12 * 34?")) == "Let me see.\n\nIt is 408."
     assert [(call.name, result.text) for call, result in session.steps] == [("calculator", "408")]
     roles = [message["role"] for message in session.messages]
     assert roles == ["user", "assistant", "user", "assistant"] and session.turns == 1
@@ -145,4 +145,4 @@ def test_one_shot_calls_what_it_is_given(tmp_path: Path, monkeypatch, capsys) ->
     (tmp_path / "model").mkdir()
     monkeypatch.setattr(mm, "load", lambda path: ScriptedModel(tiny_tokenizer(), counter), raising=False)
     assert main(["chat", str(tmp_path / "model"), "--tools", "calculator", "What is 12 * 34?"]) == 0
-    assert capsys.readouterr().out == "Let me see. It is 408.\n"
+    assert capsys.readouterr().out == "Let me see.\n\nIt is 408.\n"

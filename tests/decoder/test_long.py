@@ -21,8 +21,8 @@ from mm.testing import tiny_tokenizer
 from mm.types import Batch
 
 kind, length = sys.argv[1], int(sys.argv[2])
-options = {"packed": {}, "window": {"window": 512}, "alibi": {"positions": Alibi()}, "sinks": {"scores": Scores(sinks=True)}}[kind]
-options = {"positions": Rotary()} | options
+kinds = {"window": {"window": 512}, "alibi": {"positions": Alibi()}, "sinks": {"scores": Scores(sinks=True)}}
+options = {"positions": Rotary()} | kinds.get(kind, {})
 mixer = partial(GroupedAttention, heads=4, kv_heads=2, **options)
 groups = [LayerGroup(["m/f"], 4)]
 decoder = Decoder(256, {"m": mixer}, {"f": partial(GatedFFN, hidden=512)}, groups, 300, checkpoint_activations=True)
