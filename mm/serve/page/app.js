@@ -26,11 +26,12 @@ class App {
       turns: () => this.chat.turns.filter((turn) => turn.answer && !turn.running),
       request: async (turn) => ({ model: server.model, messages: await this.messages(turn), answer: turn.answer }),
     });
-    this.tabs = new Tabs({ "tab-look": () => this.look.open(), "tab-chat": () => this.scroll(false) });
+    this.tabs = new Tabs({ "tab-look": () => this.look.open() });
     this.conversation = byId("conversation");
+    this.follow();
     byId("model").textContent = server.model;
     document.title = `${server.model} – mm`;
-    welcome(server, this.composer);
+    welcome(server);
     this.listen();
     this.showEmpty();
     byId("composer").inert = false; // until here there was no server to ask
@@ -79,7 +80,7 @@ class App {
     const view = this.views.get(turn);
     this.composer.setBusy(true);
     view.draw();
-    this.scroll(true);
+    this.toEnd();
     let drawing = 0;
     try {
       const request = { model: this.server.model, messages: await this.messages(turn), ...this.settings.options };
@@ -87,7 +88,7 @@ class App {
         turn.push(chunk);
         drawing ||= requestAnimationFrame(() => {
           drawing = 0;
-          this.follow(() => view.draw());
+          view.draw();
         });
       }
       turn.state = "done";
@@ -101,7 +102,7 @@ class App {
       this.controller = null;
       this.composer.setBusy(false);
     }
-    this.follow(() => view.draw());
+    view.draw();
   }
 
   messages(turn) {
@@ -156,17 +157,23 @@ class App {
     byId("turns").hidden = this.chat.turns.length === 0;
   }
 
-  /** Draws, and keeps the end in sight for who was looking at it. */
-  follow(draw) {
-    const { scrollHeight, scrollTop, clientHeight } = this.conversation;
-    const atEnd = scrollHeight - scrollTop - clientHeight < 60;
-    draw();
-    if (atEnd) this.scroll(false);
+  /** Keeps the end of the chat in sight, however it grows, until somebody scrolls up. */
+  follow() {
+    let before = 0;
+    this.following = true;
+    this.conversation.addEventListener("scroll", () => {
+      const { scrollHeight, scrollTop, clientHeight } = this.conversation;
+      if (scrollHeight - scrollTop - clientHeight < 40) this.following = true;
+      else if (scrollTop < before) this.following = false;
+      before = scrollTop;
+    });
+    const observer = new ResizeObserver(() => this.following && this.toEnd());
+    for (const each of [this.conversation, byId("turns")]) observer.observe(each);
   }
 
-  scroll(smooth) {
-    const calm = matchMedia("(prefers-reduced-motion: reduce)").matches;
-    this.conversation.scrollTo({ top: this.conversation.scrollHeight, behavior: smooth && !calm ? "smooth" : "instant" });
+  toEnd() {
+    this.following = true;
+    this.conversation.scrollTop = this.conversation.scrollHeight;
   }
 }
 

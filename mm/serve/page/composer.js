@@ -1,7 +1,7 @@
 // Where a question is written: text, attached files, sound from the microphone.
 
 import { Camera } from "./camera.js";
-import { byId, bytes, clock, element, icon } from "./dom.js";
+import { byId, bytes, clock, either, element, icon } from "./dom.js";
 import { Attachment, NAMES, offeredBy, taken } from "./media.js";
 import { deviceTrouble, Recorder } from "./sound.js";
 
@@ -217,18 +217,16 @@ export class Composer {
 export function preview(attachment) {
   const { kind, url, name } = attachment;
   if (kind === "image") return element("img", { src: url, alt: name });
-  if (kind === "video") return element("video", { src: url, controls: true, muted: true, playsinline: true, "aria-label": name });
+  if (kind === "video") return element("video", { src: url, controls: true, playsinline: true, "aria-label": name });
   return element("audio", { src: url, controls: true, "aria-label": name });
 }
 
 const about = ({ name, size }) => element("span", { class: "about soft" }, element("span", {}, name), ` ${bytes(size)}`);
 
 /** The first words of an empty chat. */
-export function welcome(server, composer) {
+export function welcome(server) {
   const kinds = Object.keys(offeredBy(server));
-  const things = kinds.map((kind) => NAMES[kind]);
-  const list = [things.slice(0, -1).join(", "), things.at(-1)].filter(Boolean).join(" or ");
+  const list = either(kinds.map((kind) => NAMES[kind]));
   byId("invitation").textContent = list ? `Ask about ${list}` : "Ask something";
   byId("ways").textContent = kinds.length ? `Drop a file here, paste one, or choose one. ${taken(server)}` : taken(server);
-  composer.question.placeholder = list ? "Ask about it, or about anything" : "Ask";
 }
