@@ -52,6 +52,7 @@ GROUPS: dict[str, dict[str, Command]] = {
     },
     "A model at hand": {
         "chat": Command("mm.chat.cli:main", "talk with it about images, sounds and videos"),
+        "serve": Command("mm.serve.cli:main", "serve it: an OpenAI API, and a page to talk with it"),
         "explain": Command("mm.explain.cli:main", "show how an answer came about: attention, experts, likely tokens"),
         "generate": Command("mm.generate:main", "answer a file of prompts; goes on where it was interrupted"),
         "info": Command("mm.info:main", "print parameters, FLOPs and cache bytes per token"),

@@ -11,7 +11,7 @@ request whose prompt was read. Not thread-safe: one thread drives an engine.
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Unpack
 
@@ -19,18 +19,26 @@ import torch
 from torch import Tensor
 
 from mm.datasets.packing import collate
-from mm.datasets.processor import Encoded, EncodedMedia
+from mm.datasets.processor import EncodedMedia
 from mm.fusion.splice import Features, splice
 from mm.generation.caches.paged import OutOfPages, PagedView, Pages, Table
-from mm.generation.content import Remembered, beside, digest, identities
+from mm.generation.content import Remembered, beside, digest
 from mm.generation.logprobs import TokenLogprob, likelihoods
 from mm.generation.options import Decoding, Options
-from mm.generation.requests import Prompts, check_at_least_one, check_model, encode_requests, stop_ids
+from mm.generation.requests import (
+    ContextTooLong,
+    Prompts,
+    Request,
+    check_at_least_one,
+    check_model,
+    encode_requests,
+    ids_request,
+    stop_ids,
+)
 from mm.generation.rows import Shaper
 from mm.generation.sampling import INVALID
-from mm.generation.speaker import Speaker
-from mm.types import CrossMedia, Sample, Tokens
-from mm.types import Sequence as DecoderInput
+from mm.generation.tickets import Ticket
+from mm.types import Sample, Tokens
 
 FIRST_ROOM = 1024  # positions that pages which grow begin with
 
@@ -46,78 +54,6 @@ class Counts:
     steps: int = 0
     encoded: int = 0
     remembered: int = 0
-
-
-class Ticket(Iterator[str]):
-    """One request in an engine: an iterator of text pieces, whole characters each. Asking for one drives the engine.
-
-    `ids` grow as they come, `logprobs` with them if asked for; `finish_reason` is "stop", "length" or "cancelled" at
-    the end, None before. `shared` of the prompt's positions were found in the cache. What failed for this request alone
-    is raised here, by its next piece.
-    """
-
-    def __init__(self, engine: Engine, encoded: Encoded, name: str, shaper: Shaper, max_new_tokens: int) -> None:
-        self.ids: list[int] = []
-        self.logprobs: list[TokenLogprob] | None = None if shaper.decoding.logprobs is None else []
-        self.finish_reason: str | None = None
-        self.error: Exception | None = None
-        self.prompt_length, self.shared = encoded.length, 0
-        self.engine, self.encoded, self.name, self.shaper = engine, encoded, name, shaper
-        self.max_new_tokens = max_new_tokens
-        self.table = Table()
-        self.identities = identities(encoded)
-        self.sequence: DecoderInput | None = None  # of the prompt, until it is read
-        self.cross: CrossMedia | None = None
-        self.next_position = 0
-        self._speaker = Speaker(engine.model, shaper.decoding, shaper.prompts.openings[0])
-        self._pieces: deque[str] = deque()
-
-    def __next__(self) -> str:
-        while not self._pieces:
-            if self.error is not None:
-                raise self.error
-            if self.finish_reason is not None:
-                raise StopIteration
-            self.engine.step()
-        return self._pieces.popleft()
-
-    @property
-    def reasoning(self) -> str | None:
-        """What was thought before the answer, so far, which no piece holds; None where nothing was."""
-        return self._speaker.reasoning
-
-    def text(self) -> str:
-        """The whole answer (what of it no piece has given yet)."""
-        return "".join(self)
-
-    def cancel(self) -> None:
-        """Ends the request at once, wherever it is, and frees all that it holds. Does nothing to one that has ended."""
-        if self.finish_reason is None:
-            self.engine._leave(self, "cancelled")
-
-    def _take(self, token: int, likely: TokenLogprob | None) -> None:
-        """One more token of the answer."""
-        stops = self.shaper.stops
-        if token not in stops:
-            self.ids.append(token)
-            if self.logprobs is not None and likely is not None:
-                self.logprobs.append(likely)
-            self._show(self._speaker.push(token))
-        if not self.shaper.going([token]):
-            self._end("stop")
-        elif len(self.ids) == self.max_new_tokens:
-            self._end("length")
-        else:
-            self.shaper.push(torch.tensor([token], device=self.engine.model.device))
-            self.identities.append(token)
-
-    def _end(self, reason: str) -> None:
-        self._show(self._speaker.flush())
-        self.engine._leave(self, reason)
-
-    def _show(self, piece: str) -> None:
-        if piece:
-            self._pieces.append(piece)
 
 
 class Engine:
@@ -167,22 +103,60 @@ class Engine:
         Raises ValueError too for a method that looks further than the next token, and for a request that the pages
         could never hold.
         """
+        return self.add(self.prepare(sample, max_new_tokens, seed, max_length, **options))
+
+    def prepare(
+        self,
+        sample: Sample,
+        max_new_tokens: int = 512,
+        seed: int = 0,
+        max_length: int | None = None,
+        **options: Unpack[Options],
+    ) -> Ticket:
+        """The ticket of a chat, for `add`. Unlike everything else here, this may run in any thread, beside the engine's
+        own. Arguments and errors as in `submit`."""
+        decoding = self._decoding(max_new_tokens, max_length, options)
+        (request,) = encode_requests(self.model, [sample], seed, max_new_tokens, max_length, decoding.thinking)
+        return self._ticket(request, decoding, max_new_tokens)
+
+    def prepare_ids(
+        self,
+        ids: Sequence[int],
+        max_new_tokens: int = 512,
+        seed: int = 0,
+        max_length: int | None = None,
+        **options: Unpack[Options],
+    ) -> Ticket:
+        """As `prepare`, for text that is continued as it is: token ids, at least one. Raises ValueError also for an id
+        that is none of the model's."""
+        decoding = self._decoding(max_new_tokens, max_length, options)
+        request = ids_request(self.model, ids, seed, max_new_tokens, max_length)
+        if decoding.thinking is not None:
+            raise ValueError(f"thinking={decoding.thinking} is for chats; ids are continued as they are")
+        return self._ticket(request, decoding, max_new_tokens)
+
+    def add(self, ticket: Ticket) -> Ticket:
+        """Queues a ticket that `prepare` made."""
+        self.waiting.append(ticket)
+        return ticket
+
+    def _decoding(self, max_new_tokens: int, max_length: int | None, options: Options) -> Decoding:
         check_at_least_one(max_new_tokens=max_new_tokens, max_length=max_length)
         decoding = Decoding(**options)
         if name := unsupported(decoding):
             raise ValueError(f"{name}: the engine decodes token by token; use generate")
-        (request,) = encode_requests(self.model, [sample], seed, max_new_tokens, max_length, decoding.thinking)
+        return decoding
+
+    def _ticket(self, request: Request, decoding: Decoding, max_new_tokens: int) -> Ticket:
         room = self.pages.count * self.pages.size
         if not self.pages.grows and request.encoded.length + max_new_tokens > room:
-            raise ValueError(
+            raise ContextTooLong(
                 f"{request.name}: a prompt of {request.encoded.length} positions and max_new_tokens={max_new_tokens} "
                 f"exceed the {room} positions of all pages; give the engine more pages"
             )
         prompts = Prompts({}, [request.encoded.ids], [request.name], [request.generator], [request.opening])
         shaper = Shaper(self.model, prompts, decoding, stop_ids(self.model))
-        ticket = Ticket(self, request.encoded, request.name, shaper, max_new_tokens)
-        self.waiting.append(ticket)
-        return ticket
+        return Ticket(self, request.encoded, request.name, shaper, max_new_tokens)
 
     def run(self) -> None:
         """Until every request has ended."""
@@ -234,7 +208,7 @@ class Engine:
             work(ticket)
         except (ValueError, RuntimeError) as error:
             ticket.error = error
-            self._leave(ticket, "error")
+            self.leave(ticket, "error")
 
     def _splice(self, ticket: Ticket) -> None:
         batch = collate([[ticket.encoded]]).to(self.model.device)
@@ -323,9 +297,9 @@ class Engine:
         if token == INVALID:
             ticket.shaper.prompts.refuse(0, len(ticket.ids) + 1)
         self.counts.decoded += 1
-        ticket._take(token, likely)
+        ticket.take(token, likely)
 
-    def _leave(self, ticket: Ticket, reason: str) -> None:
+    def leave(self, ticket: Ticket, reason: str) -> None:
         """Ends a request and frees what it holds."""
         ticket.finish_reason = reason
         if ticket in self.running:

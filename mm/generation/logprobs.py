@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from mm.generation.requests import GenerativeModel
+
+CHUNK = 256  # positions whose logits are held at a time
 
 
 class TokenLogprob(NamedTuple):
@@ -28,3 +33,15 @@ def likelihoods(logits: Tensor, ids: Sequence[int], top: int) -> list[TokenLogpr
         TokenLogprob(token, value, list(zip(*pairs, strict=True)))
         for token, value, pairs in zip(ids, chosen, alternatives, strict=True)
     ]
+
+
+@torch.inference_mode()
+def text_likelihoods(model: GenerativeModel, ids: Sequence[int], top: int) -> list[TokenLogprob]:
+    """How likely each token of a text was, from the second on: one shorter than `ids`."""
+    row = torch.tensor([ids], device=model.device)
+    hidden = model(input_ids=row, attention_mask=torch.ones_like(row)).hidden[0, :-1]
+    found: list[TokenLogprob] = []
+    for start in range(0, len(hidden), CHUNK):
+        logits = model.logits(hidden[start : start + CHUNK]).float()
+        found += likelihoods(logits, ids[start + 1 : start + 1 + len(logits)], top)
+    return found

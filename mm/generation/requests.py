@@ -15,7 +15,7 @@ from mm.datasets.packing import collate
 from mm.datasets.processor import Encoded, Processor
 from mm.generation.logprobs import TokenLogprob
 from mm.tokenizers.text import TextTokenizer
-from mm.types import MediaSpec, Sample
+from mm.types import IGNORE, MediaSpec, Sample
 
 
 class Step(NamedTuple):
@@ -181,10 +181,31 @@ def _says_something(content: Any) -> bool:
     return any(part.get("type") != "text" or part.get("text") for part in content if isinstance(part, dict))
 
 
+def ids_request(
+    model: GenerativeModel, ids: Sequence[int], seed: int, max_new_tokens: int, max_length: int | None
+) -> Request:
+    """A request that continues text given as ids. Raises ValueError for none, for what is no id of the model's text,
+    and for too long a context."""
+    size = model.tokenizer.vocab_size
+    if wrong := [token for token in ids if not 0 <= token < size]:
+        raise ValueError(f"input_ids: {wrong[0]} is no id of this model's text; they go from 0 to {size - 1}")
+    if not ids:
+        raise ValueError("input_ids is empty; a prompt needs at least one token")
+    check_context("input_ids", len(ids), max_new_tokens, max_length)
+    tensor = torch.tensor(ids, dtype=torch.int64)
+    labels = torch.full_like(tensor, IGNORE)
+    encoded = Encoded(Sample("input_ids", []), tensor, labels, torch.zeros_like(tensor), [], len(ids))
+    return Request(0, "input_ids", encoded, request_generator(seed, 0, "input_ids"))
+
+
+class ContextTooLong(ValueError):
+    """A prompt and its answer do not fit."""
+
+
 def check_context(name: str, length: int, max_new_tokens: int, max_length: int | None) -> None:
-    """Raises ValueError, beginning with `name`, for a prompt that leaves no room for its answer in the context."""
+    """Raises ContextTooLong, beginning with `name`, for a prompt that leaves no room for its answer in the context."""
     if max_length is not None and length + max_new_tokens > max_length:
-        raise ValueError(
+        raise ContextTooLong(
             f"{name}: a prompt of {length} positions and max_new_tokens={max_new_tokens} exceed the context of "
             f"{max_length}; shorten the chat, its media or the answer"
         )

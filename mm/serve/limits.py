@@ -9,35 +9,56 @@ from typing import get_args
 
 from mm.types import Kind
 
-# code -> HTTP status. The code is all that a client is told.
-CODES: dict[str, int] = {
-    "malformed_json": 400,
-    "too_deep": 400,  # JSON nested deeper than json_depth
-    "too_many_items": 400,  # more media than `items`, or more JSON values than json_values
-    "malformed_url": 400,  # a data: URL that is none
-    "malformed_base64": 400,
-    "url_not_allowed": 400,  # scheme, host, port, address or redirect
-    "url_not_fetched": 400,  # allowed, but it did not answer with a file in time
-    "media_unreadable": 400,  # damaged, truncated, empty
-    "media_unsuitable": 400,  # readable, but not for this model: its tokenizer takes no sound that long
-    "media_too_large": 413,  # bytes, pixels, frames, samples, seconds, or memory to decode
-    "body_too_large": 413,
-    "unsupported_media_type": 415,  # not a format of its kind, or not of the kind that was declared
-    "decoding_failed": 422,  # the decoder died of it
-    "decoding_timeout": 422,  # decoding took longer than decode_seconds
-    "decoder_busy": 503,  # every decoder stayed at work for decode_seconds
+# code -> HTTP status, and the sentence that a client is told with it. Nothing else is.
+CODES: dict[str, tuple[int, str]] = {
+    "malformed_json": (400, "The body is not JSON in UTF-8."),
+    "too_deep": (400, "The body is nested too deeply."),  # than json_depth
+    "too_many_items": (400, "The request has too many media, or too many values."),  # than `items` or json_values
+    "malformed_url": (400, "A data: URL is malformed."),
+    "malformed_base64": (400, "Data is not base64."),
+    "url_not_allowed": (400, "This URL may not be fetched: send a data: URL, or ask the operator to allow its host."),
+    "url_not_fetched": (400, "The URL did not answer with a file in time."),
+    "media_unreadable": (400, "A media file is damaged, cut short or empty."),
+    "media_unsuitable": (400, "A media file can be read, but does not suit this model."),  # a sound too long for it
+    "media_too_large": (413, "A media file has too many bytes, pixels, frames, samples or seconds."),
+    "body_too_large": (413, "The body has too many bytes."),
+    "unsupported_media_type": (415, "The body or a media file is of a type that is not taken, or not of its kind."),
+    "decoding_failed": (422, "The decoder died of a media file."),
+    "decoding_timeout": (422, "Decoding a media file took too long."),
+    "decoder_busy": (503, "Every media decoder stayed busy; try again."),
+    "missing_parameter": (400, "A parameter is missing."),
+    "unknown_parameter": (400, "A parameter is not known here."),
+    "invalid_value": (400, "A parameter's value, or a combination of parameters, is not possible."),
+    "invalid_schema": (400, "The JSON schema cannot be followed."),
+    "context_length_exceeded": (400, "The chat, its media and the answer do not fit into the model's context."),
+    "host_not_allowed": (400, "The Host header names no address that this server answers for."),
+    "invalid_api_key": (401, "The API key is missing or wrong."),
+    "origin_not_allowed": (403, "Pages of other origins may not use this server."),
+    "not_found": (404, "There is nothing at this address."),
+    "model_not_found": (404, "This server has no such model; GET /v1/models lists what it has."),
+    "file_not_found": (404, "There is no such file; it was never uploaded, or has been dropped since."),
+    "method_not_allowed": (405, "This address does not take this method."),
+    "body_timeout": (408, "The body did not arrive in time."),
+    "too_many_requests": (429, "You have too many requests at work; try again when one has ended."),
+    "internal_error": (500, "The server failed; its log says why, under this request's id."),
+    "model_failed": (500, "The model gave no usable answer."),  # logits that are no numbers
+    "not_supported": (501, "This model cannot do that."),  # embeddings without an alignment tower
+    "server_busy": (503, "Every place is taken; try again."),
+    "shutting_down": (503, "The server is going down."),
+    "deadline_exceeded": (504, "The answer took longer than a request may."),
 }
 HOST = re.compile(r"(?=.{1,253}\Z)(?:[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?\.)*(?=[a-z0-9-]*[a-z])[a-z0-9-]{1,63}")
 DETAIL = 500  # characters of the log's line
 
 
 class Refused(Exception):
-    """A request that is not served: `code` (of CODES) and `status` for the client, `detail` for the log alone."""
+    """A request that is not served: `code` (of CODES), `status` and `param`, a field of the request's form, for the
+    client; `detail` for the log alone."""
 
-    def __init__(self, code: str, detail: str) -> None:
+    def __init__(self, code: str, detail: str, param: str | None = None) -> None:
         super().__init__(code)
-        self.code = code
-        self.status = CODES[code]
+        self.code, self.param = code, param
+        self.status = CODES[code][0]
         self.detail = "".join(c if c.isprintable() else " " for c in detail[:DETAIL])  # one line, whatever was sent
 
 
@@ -93,3 +114,45 @@ def check_items(count: int, limits: MediaLimits) -> None:
     """Raises Refused for a request with more media than it may have."""
     if count > limits.items:
         raise Refused("too_many_items", f"{count} media items, more than {limits.items}")
+
+
+@dataclass(frozen=True)
+class ServeLimits:
+    """Who may have how much of the server at a time. Raises ValueError for a limit that is not positive.
+
+    slots             requests at work, of all clients together; beyond them a client is told to come back
+    per_client        of one client: of one address, as all share one key
+    max_length        positions of a chat, its media and its answer
+    answer_tokens     of an answer whose request does not say
+    cache_tokens      positions kept at a time, of all answers that are written and for those that begin alike
+    choices           answers to one request (`n`)
+    text_bytes        of all text in a request
+    deadline_seconds  from the end of the body to the end of the answer
+    held_bytes        bodies of all requests together, as they arrive and wait
+    connections       open at a time; beyond them those go that have been silent longest without a whole request
+    upload_bytes      of files kept for requests to come, the oldest dropped first
+    """
+
+    slots: int = 16
+    per_client: int = 8
+    max_length: int = 4096
+    answer_tokens: int = 512
+    cache_tokens: int = 32_768
+    choices: int = 8
+    text_bytes: int = 1_000_000
+    deadline_seconds: float = 120.0
+    header_seconds: float = 10.0
+    body_seconds: float = 30.0
+    held_bytes: int = 200_000_000
+    connections: int = 512
+    upload_bytes: int = 100_000_000
+
+    def __post_init__(self) -> None:
+        for name in (field.name for field in fields(self)):
+            value = getattr(self, name)
+            if not (value > 0 and math.isfinite(value)):
+                raise ValueError(f"{name}={value}: a limit is a positive number")
+        if self.cache_tokens < self.max_length:
+            raise ValueError(
+                f"cache_tokens={self.cache_tokens} hold no chat of max_length={self.max_length}; give at least as many"
+            )

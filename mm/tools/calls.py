@@ -32,6 +32,11 @@ class ToolCall:
         arguments = json.dumps(self.arguments, ensure_ascii=False)
         return {"id": self.id, "type": "function", "function": {"name": self.name, "arguments": arguments}}
 
+    def to_text(self) -> str:
+        """As `describe` asks a model to write it."""
+        call = json.dumps({"name": self.name, "arguments": self.arguments}, ensure_ascii=False)
+        return f"<tool_call>{call}</tool_call>"
+
 
 @dataclass(frozen=True)
 class Parsed:
