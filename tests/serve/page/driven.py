@@ -65,6 +65,10 @@ class Driven:
         payload: Any = [{"name": name, "mimeType": kind, "buffer": data} for name, kind, data in files]
         self.page.set_input_files("#files", payload)
 
+    def looked(self, function: str) -> Any:
+        """What a function makes of the document in the second tab's frame, asked from outside: nothing runs inside."""
+        return self.page.locator("#look-frame").evaluate(f"frame => ({function})(frame.contentDocument)")
+
     def overflow(self) -> int:
         """Pixels by which the page is wider than its window."""
         return self.page.evaluate("document.documentElement.scrollWidth - innerWidth")

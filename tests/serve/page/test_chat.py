@@ -95,35 +95,42 @@ def test_an_answer_is_drawn_again_and_a_question_changed(driven: Driven) -> None
 
 
 def test_where_it_looked(driven: Driven) -> None:
+    page = driven.page
     driven.set(max_tokens=4)
-    tab = driven.page.get_by_role("tab", name="Where it looked")
+    tab = page.get_by_role("tab", name="Where it looked")
     tab.click()
-    assert "Nothing to look at yet" in driven.page.locator("#panel-look").inner_text()
-    driven.page.get_by_role("tab", name="Chat").click()
+    assert "Nothing to look at yet" in page.locator("#panel-look").inner_text()
+    page.get_by_role("tab", name="Chat").click()
     driven.attach(("shape.png", "image/png", picture(side=8)))
-    answer = driven.ask("what shape?")
+    driven.ask("what shape?")
     driven.ask("why?", 2)
     tab.click()
-    frame = driven.page.frame_locator("#look-frame")
-    frame.locator("h1", has_text="why?").wait_for()
-    driven.page.get_by_role("tab", name="Chat").click()
+    page.locator("#look-frame").wait_for()
+    title = "page => page.querySelector('h1').textContent"
+    assert driven.looked(title) == "why?", "the newest comes first"
+    page.get_by_role("tab", name="Chat").click()
     driven.turn(1).get_by_role("button", name="Where it looked").click()
-    frame.locator("h1", has_text="what shape?").wait_for()
+    page.locator("#look-state").wait_for(state="hidden")
+    assert driven.looked(title) == "what shape?"
     path, asked = driven.asked[-1]
-    assert path == "/v1/explain" and len(asked["messages"]) == 1 and answer.strip() in asked["answer"]
-    overlay = frame.locator(".look img").first
-    assert overlay.is_visible() and overlay.evaluate("image => image.naturalWidth") > 0
-    assert overlay.evaluate("image => getComputedStyle(image).position") == "absolute", "the page's styles are missing"
-    bars = frame.locator(".stack i").first.evaluate("bar => getComputedStyle(bar).flexGrow")
-    assert float(bars) > 0, "styles of single elements are missing"
-    panel = frame.locator(".panel-1")
-    assert not panel.is_visible()
-    frame.locator("#step-1").check()
-    assert panel.is_visible()
-    assert driven.page.locator("#look-choice option").count() == 2
-    driven.page.select_option("#look-choice", index=1)
-    frame.locator("h1", has_text="why?").wait_for()
-    assert len([path for path, _ in driven.asked if path == "/v1/explain"]) == 2, "what is known is not asked again"
+    assert path == "/v1/explain" and asked["messages"] == driven.asked[0][1]["messages"] and asked["answer"]
+    overlay = "page => page.querySelector('.look img')"
+    assert driven.looked(f"page => ({overlay})(page).checkVisibility() && ({overlay})(page).naturalWidth") > 0
+    style = "page => getComputedStyle(({})(page)).{}"
+    assert driven.looked(style.format(overlay, "position")) == "absolute", "the styles of the page are missing"
+    bar = driven.looked(style.format("page => page.querySelector('.stack i')", "flexGrow"))
+    assert 0 < float(bar) < 1, "the styles of single elements are missing"
+    shown = "page => page.querySelector('.panel-1').checkVisibility()"
+    assert not driven.looked(shown)
+    place = driven.looked(
+        """page => { const step = page.querySelector('#step-1 + span'); step.scrollIntoView({block: 'center'});
+        const {x, y, width, height} = step.getBoundingClientRect(); return [x + width / 2, y + height / 2]; }"""
+    )
+    page.locator("#look-frame").click(position={"x": place[0], "y": place[1]})
+    assert driven.looked(shown)
+    page.select_option("#look-choice", index=1)
+    assert driven.looked(title) == "why?"
+    assert [path for path, _ in driven.asked].count("/v1/explain") == 2, "what is known is not asked again"
 
 
 def test_settings_are_kept_and_sent(driven: Driven) -> None:
