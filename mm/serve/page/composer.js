@@ -67,8 +67,9 @@ export class Composer {
     const hint = byId("drop");
     let inside = 0; // elements that the files were dragged into and not out of
     const over = (event) => {
-      if (!event.dataTransfer?.types.includes("Files") || !this.open()) return;
-      event.preventDefault();
+      if (!event.dataTransfer?.types.includes("Files")) return;
+      event.preventDefault(); // wherever it falls: the browser would leave the page to show the file
+      if (!this.open()) return;
       if (event.type === "dragenter") inside++;
       if (event.type === "drop") this.add([...event.dataTransfer.files]);
       hint.hidden = event.type === "drop";
@@ -144,9 +145,11 @@ export class Composer {
   }
 
   async send() {
+    if (this.busy) return;
+    if (this.recorder) await this.keepSound();
     await this.adding; // a file that was dropped just before
     const text = this.question.value.trim();
-    if (this.busy || this.recorder || !(text || this.attachments.length)) return;
+    if (!(text || this.attachments.length)) return;
     const attachments = this.attachments;
     this.fill();
     this.ask(text, attachments);

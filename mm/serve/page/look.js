@@ -45,6 +45,7 @@ export class Look {
       if (!(error instanceof Refusal)) throw error;
       const trouble = element("div", { class: "trouble" });
       this.say(trouble);
+      if (error.code === "context_length_exceeded") error.message = "The chat up to this answer is too long to be looked into.";
       showTrouble(trouble, error, () => this.open(turn));
     }
   }

@@ -15,83 +15,67 @@ const FIELDS = [
   { name: "thinking", label: "Think first", hint: "The model reasons before it answers.", checked: true },
 ];
 
+/** The form is the one place of their values; the browser's storage gets a copy of those that are sound. */
 export class Settings {
   /** `server`: what GET /v1/settings said. */
   constructor(server) {
-    this.server = server;
-    this.note = byId("settings-note");
     this.dialog = byId("settings");
-    this.values = this.stored();
-    this.fields = FIELDS.filter(({ name }) => name !== "thinking" || server.thinking).map((field) => this.drawn(field));
+    this.note = byId("settings-note");
+    this.fields = FIELDS.filter(({ name }) => name !== "thinking" || server.thinking).map((field) => drawn(field, server));
     byId("fields").replaceChildren(...this.fields.map(({ row }) => row));
-    byId("reset-settings").addEventListener("click", () => this.reset());
-    this.show();
+    this.show(this.stored());
+    for (const field of this.fields) {
+      field.input.addEventListener("input", () => {
+        check(field);
+        this.store();
+      });
+    }
+    byId("reset-settings").addEventListener("click", () => {
+      this.show({});
+      this.store();
+      this.note.textContent ||= "All settings are cleared.";
+    });
   }
 
   open() {
+    this.note.textContent = "";
     this.dialog.showModal();
   }
 
-  get system() {
-    return this.values.system?.trim() ?? "";
+  /** {name: value} of what was set, and is in bounds. */
+  get values() {
+    const values = {};
+    for (const { name, input } of this.fields) {
+      if (input.type === "checkbox") values[name] = input.checked;
+      else if (input.validity.valid && input.value.trim()) values[name] = input.type === "number" ? input.valueAsNumber : input.value.trim();
+    }
+    return values;
   }
 
-  /** What a request says beside model and messages: what was set, and no more. */
+  get system() {
+    return this.values.system ?? "";
+  }
+
+  /** What a request says beside model and messages. */
   get options() {
     const { system, ...options } = this.values;
-    return this.server.thinking ? { thinking: true, ...options } : options;
+    return options;
   }
 
-  drawn(field) {
-    const id = `setting-${field.name}`;
-    const common = { id, name: field.name, "aria-describedby": `${id}-hint` };
-    let input;
-    if (field.rows) input = element("textarea", { ...common, rows: field.rows, dir: "auto" });
-    else if ("checked" in field) input = element("input", { ...common, type: "checkbox" });
-    else {
-      const { min, max = this.server.max_length, step } = field;
-      input = element("input", { ...common, type: "number", inputmode: "decimal", min, max, step, placeholder: "–" });
-    }
-    const hint = element("p", { id: `${id}-hint`, class: "soft" }, field.hint);
-    const row = element("div", { class: `field ${input.type}` }, element("label", { for: id }, field.label), input, hint);
-    input.addEventListener("input", () => this.take(field, input, hint));
-    return { ...field, input, hint, row };
-  }
-
-  /** Keeps what was entered, unless it is out of bounds: then the hint says so, and what was kept stays. */
-  take(field, input, hint) {
-    const wrong = !input.validity.valid;
-    input.setAttribute("aria-invalid", String(wrong));
-    hint.classList.toggle("wrong", wrong);
-    hint.textContent = wrong ? `${bounds(input)} Until then this setting is not used.` : field.hint;
-    delete this.values[field.name];
-    if (input.type === "checkbox") this.values[field.name] = input.checked;
-    else if (!wrong && input.value.trim()) this.values[field.name] = field.rows ? input.value : Number(input.value);
-    this.store();
-  }
-
-  reset() {
-    this.values = {};
-    this.store();
-    this.show();
-    this.note.textContent ||= "All settings are cleared.";
-  }
-
-  show() {
-    for (const { name, input, hint, checked } of this.fields) {
-      if (input.type === "checkbox") input.checked = this.values[name] ?? checked;
-      else input.value = this.values[name] ?? "";
-      input.setAttribute("aria-invalid", "false");
-      hint.classList.remove("wrong");
-      hint.textContent = FIELDS.find((each) => each.name === name).hint;
+  show(values) {
+    for (const field of this.fields) {
+      const { name, input, checked } = field;
+      if (input.type === "checkbox") input.checked = values[name] ?? checked;
+      else input.value = values[name] ?? "";
+      check(field);
     }
   }
 
   stored() {
     try {
       return JSON.parse(localStorage.getItem(KEY)) ?? {};
-    } catch {
-      this.note.textContent = "This browser gave no settings of earlier visits."; // storage is off, or holds something else
+    } catch (error) {
+      console.warn("No settings of earlier visits:", error.message); // storage is forbidden, or holds something else
       return {};
     }
   }
@@ -106,7 +90,25 @@ export class Settings {
   }
 }
 
-function bounds({ min, max, step, validity }) {
-  if (validity.badInput) return "This is not a number.";
-  return `${step === "1" ? "A whole number" : "A number"} from ${min} to ${max}.`;
+/** The field with its input, its hint and the row that holds them. */
+function drawn(field, server) {
+  const id = `setting-${field.name}`;
+  const common = { id, name: field.name, "aria-describedby": `${id}-hint` };
+  const { min, max = server.max_length, step } = field;
+  let input;
+  if (field.rows) input = element("textarea", { ...common, rows: field.rows, dir: "auto" });
+  else if ("checked" in field) input = element("input", { ...common, type: "checkbox" });
+  else input = element("input", { ...common, type: "number", inputmode: "decimal", min, max, step, placeholder: "–" });
+  const told = element("p", { id: `${id}-hint`, class: "soft" });
+  const row = element("div", { class: `field ${input.type}` }, element("label", { for: id }, field.label), input, told);
+  return { ...field, input, told, row };
+}
+
+/** Says what is wrong with a value where its hint stands. */
+function check({ input, told, hint }) {
+  const wrong = !input.validity.valid;
+  const kind = input.step === "1" ? "A whole number" : "A number";
+  input.setAttribute("aria-invalid", String(wrong));
+  told.classList.toggle("wrong", wrong);
+  told.textContent = wrong ? `${kind} from ${input.min} to ${input.max}. Until then this setting is not used.` : hint;
 }

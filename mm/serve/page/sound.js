@@ -17,6 +17,7 @@ export class Recorder {
     const stream = await navigator.mediaDevices.getUserMedia({ audio: { channelCount: 1 } });
     const context = new AudioContext();
     try {
+      await context.resume(); // some browsers start it only now
       await context.audioWorklet.addModule(new URL("worklet.js", import.meta.url));
       return new Recorder(stream, context, onlevel);
     } catch (error) {
