@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mm.datasets.chat_template import ChatTemplate
 from mm.decoder.cache import Cache
 from mm.decoder.decoder import Decoder
-from mm.decoder.embedding import LearnedPositions
+from mm.decoder.embedding import LearnedPositions, Projection
 from mm.fusion.splice import Features, splice
 from mm.tokenizers.text import TextTokenizer
 from mm.types import (
@@ -116,7 +116,7 @@ class ModelOutput:
     hidden: Tensor
     routings: list[Routing | None]
     sequence: Sequence
-    head: Callable[[Tensor], Tensor]
+    head: Projection
 
     @cached_property
     def logits(self) -> Tensor:
@@ -221,7 +221,7 @@ class MultimodalModel(nn.Module):
         hidden, routings = self.decoder(sequence, cache)
         if cache is not None:
             self._note_next(sequence, cache)
-        return ModelOutput(hidden, routings, sequence, self.decoder.logits)
+        return ModelOutput(hidden, routings, sequence, self.decoder.projection)
 
     def _zero(self) -> Tensor:
         """0, through the parameters that this batch or objective may not use.

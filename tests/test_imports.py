@@ -46,7 +46,7 @@ ALLOWED: dict[str, set[str]] = {
     "mm.evaluation": RUNS,
     "mm.tools": RUNS | {"mm.evaluation.sandbox", "mm.generate"},
     "mm.chat": RUNS | {"mm.tools"},
-    "mm.serve": RUNS | {"mm.evaluation.sandbox"},
+    "mm.serve": RUNS | {"mm.evaluation.sandbox", "mm.explain", "mm.tools"},
     "mm.report": RUNS,
     "mm.explain": RUNS | {"mm.report"},
     "mm.doctor": RUNS | {"mm.training"},

@@ -63,7 +63,10 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         parser.add_argument(f"--{kind}", action="append", type=pair, dest="media", metavar="F", default=[], help=text)
     parser.add_argument("--system", metavar="TEXT", help="system prompt")
     parser.add_argument("--index", metavar="DIR", help="answer from the documents of this index (mm index)")
-    parser.add_argument("--probe", metavar="F", help="look up only where this probe says so (mm probe)")
+    parser.add_argument(
+        "--tools", metavar="NAMES", default="", help="what the model may call: calculator, retrieval, code (sandboxed)"
+    )
+    parser.add_argument("--probe", metavar="F", help="use a tool only where this probe says so (mm probe)")
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="longest answer (default: 256)")
     parser.add_argument(
         "--max-length", type=int, metavar="N", help="largest context, prompt and answer together (default: no limit)"
@@ -83,8 +86,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     args = parser.parse_intermixed_args(argv)
     args.model, args.text = _model_and_text(args.words)
-    if args.probe is not None and args.index is None:
-        raise ValueError("--probe says when to look something up; give --index DIR too")
+    args.tools = [name.strip() for name in args.tools.split(",") if name.strip()]
+    if args.probe is not None and args.index is None and not args.tools:
+        raise ValueError("--probe says when a tool is needed; give --index DIR or --tools NAMES too")
     return args
 
 
@@ -123,10 +127,10 @@ def _open(args: argparse.Namespace) -> ChatSession:
     except (RuntimeError, AssertionError) as error:  # how torch says that there is no such device
         raise ValueError(f"--device {args.device}: {str(error).splitlines()[0]}") from error
     session = ChatSession(model, settings, args.system)
-    if args.index is not None:
-        from mm.tools.lookup import Lookup
+    if args.index is not None or args.tools:
+        from mm.tools.choose import Tools
 
-        session.lookup = Lookup.open(args.index, model, probe=args.probe)
+        session.tools = Tools.open(model, args.tools, args.index, args.probe)
     return session
 
 

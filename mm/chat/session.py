@@ -7,25 +7,27 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from collections.abc import Generator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from mm.chat.turn import Statistics, Turn
 from mm.datasets.chat_template import Written
 from mm.datasets.decode import decode
 from mm.generation.batching import Engine, Ticket, not_paged
-from mm.generation.engine import FinishReason, Stream, stream
+from mm.generation.engine import Stream, stream
 from mm.generation.requests import GenerativeModel, check_at_least_one
 from mm.generation.sampling import Sampler
 from mm.types import KINDS, Kind, Media, MediaError, Sample
 
-if TYPE_CHECKING:  # most chats look nothing up
+if TYPE_CHECKING:  # most chats have no tools
+    from mm.tools.calls import ToolCall
+    from mm.tools.choose import Tools
     from mm.tools.index import Hit
-    from mm.tools.lookup import Lookup
+    from mm.tools.toolbox import Result
 
 FORMAT = 1  # of saved chats
 SMALLEST_SIDE = 2  # pixels: a 1x1 image is a tracking pixel or a mistake, and any answer about it is made up
@@ -49,21 +51,6 @@ class Settings:
         check_at_least_one(max_new_tokens=self.max_new_tokens, max_length=self.max_length)
 
 
-@dataclass(frozen=True)
-class Statistics:
-    """One answer: positions of its prompt, tokens generated, seconds to the first piece and in all. `finish_reason` is
-    None for an answer that was stopped; `kept` of the prompt's positions were known from turns before; `reasoning` is
-    what came before the answer, None where there was none."""
-
-    prompt_length: int
-    tokens: int
-    first_seconds: float
-    seconds: float
-    finish_reason: FinishReason | None
-    kept: int = 0
-    reasoning: str | None = None
-
-
 class ChatSession:
     """A chat: `system`, `messages` and `media` as in a Sample, and `attached`, the media of the next question.
 
@@ -81,8 +68,9 @@ class ChatSession:
         self.messages: list[dict[str, Any]] = []
         self.media: list[Media] = []
         self.attached: list[Media] = []
-        self.lookup: Lookup | None = None  # set it, and answers rest on documents
+        self.tools: Tools | None = None  # set it, and answers rest on documents, or on what tools say
         self.hits: list[Hit] = []  # the documents of the last question
+        self.steps: list[tuple[ToolCall, Result]] = []  # what its answer called
         self.last: Statistics | None = None
         self.engine: Engine | None = None  # made by the first question
         self.rereads = not_paged(model)
@@ -90,14 +78,14 @@ class ChatSession:
     @property
     def turns(self) -> int:
         """Questions answered so far."""
-        return len(self.messages) // 2
+        return sum(message["role"] == "user" and not message.get("from_tools") for message in self.messages)
 
     @property
     def sources(self) -> str:
         """Which documents the last answer rests on, a line each; "" if it was given none."""
-        if self.lookup is None or not self.hits or not self.messages:
+        if self.tools is None or not self.hits or not self.messages:
             return ""
-        return self.lookup.sources(self.messages[-1]["content"], self.hits)
+        return self.tools.sources(self.messages[-1]["content"], self.hits)
 
     def attach(self, kind: Kind, path: str | Path) -> int:
         """Opens a file and keeps it for the next question; returns the decoder positions that it will take.
@@ -121,33 +109,32 @@ class ChatSession:
         parts = [{"type": item.kind, "media": len(self.media) + i} for i, item in enumerate(self.attached)]
         question = {"role": "user", "content": [*parts, {"type": "text", "text": text}] if parts else text}
         messages = [*self.messages, question]
-        start = time.perf_counter()
-        answer = self._begin(self._sample(messages, media))
-        pieces: list[str] = []
-        first = 0.0
+        sample = self._sample(messages, media)
+        turn = Turn(self, sample)
         failed = False
         try:
-            for piece in answer:
-                first = first or time.perf_counter() - start
-                pieces.append(piece)
-                yield piece
+            for part in turn.parts():
+                if isinstance(part, str):
+                    turn.pieces.append(part)
+                    yield part
+                else:  # what tools were asked, and said
+                    messages += [part.messages[0], {**part.messages[1], "from_tools": True}]
+                    turn.pieces.clear()
         except Exception:
             failed = True
             raise
         finally:
-            reason, kept = cast(FinishReason | None, answer.finish_reason), self._end(answer)
-            if not failed and (pieces or reason):
+            turn.end()
+            answer, pieces = turn.answer, turn.pieces
+            if not failed and answer is not None and (pieces or turn.reason):
                 said = self._written("".join(pieces), answer.ids)
                 # Kept for whoever reads the chat: templates leave out what was thought before an earlier answer.
                 thought = {} if answer.reasoning is None else {"reasoning_content": answer.reasoning}
                 self.messages = [*messages, {"role": "assistant", "content": said, **thought}]
                 self.media, self.attached = media, []
-                seconds = time.perf_counter() - start
-                self.last = Statistics(
-                    answer.prompt_length, len(answer.ids), first, seconds, reason, kept, answer.reasoning
-                )
+                self.last = turn.statistics(answer)
 
-    def _begin(self, sample: Sample) -> Ticket | Stream:
+    def begin(self, sample: Sample) -> Ticket | Stream:
         options = asdict(self.settings)
         if self.rereads:
             return stream(self.model, sample, **options)
@@ -156,7 +143,7 @@ class ChatSession:
             self.engine = Engine(self.model, pages=None, page_size=1, max_rows=1)
         return self.engine.submit(sample, **options)
 
-    def _end(self, answer: Ticket | Stream) -> int:
+    def free(self, answer: Ticket | Stream) -> int:
         """Frees what an answer holds, however it has ended; returns how much of its prompt was known before."""
         if isinstance(answer, Stream):
             answer.close()
@@ -176,7 +163,8 @@ class ChatSession:
 
     def reset(self) -> None:
         """Forgets the messages and the media, not the system prompt."""
-        self.messages, self.media, self.attached, self.last, self.hits = [], [], [], None, []
+        self.messages, self.media, self.attached, self.last = [], [], [], None
+        self.hits, self.steps = [], []
 
     def save(self, path: str | Path) -> None:
         """Writes the chat as JSON; media by their paths. Raises OSError."""
@@ -212,10 +200,7 @@ class ChatSession:
 
     def _sample(self, messages: list[dict[str, Any]], media: list[Media]) -> Sample:
         system = [{"role": "system", "content": self.system}] if self.system else []
-        sample = Sample(f"chat-turn-{self.turns + 1}", [*system, *messages], media)
-        if self.lookup is not None:  # for this answer alone: the chat keeps the question as it was asked
-            sample, self.hits = self.lookup(self.model, sample)
-        return sample
+        return Sample(f"chat-turn-{self.turns + 1}", [*system, *messages], media)
 
     def _measure(self, media: Media) -> int:
         """Decoder positions of a media item, which is read through: a file's end can be missing too."""

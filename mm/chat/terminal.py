@@ -95,6 +95,8 @@ class Terminal:
             except KeyboardInterrupt:
                 stopped = True
         last = self.session.last
+        for call, result in self.session.steps:
+            self.note(f"({call.name} {' '.join(map(str, call.arguments.values()))} → {result.text})")
         if self.session.sources and not stopped:
             self.note(self.session.sources)
         if stopped:

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mm.decoder.attention.cross import GatedCrossAttention
 from mm.decoder.cache import Cache
-from mm.decoder.embedding import Embedding, Head
+from mm.decoder.embedding import Embedding, Head, Projection
 from mm.decoder.few_rows import Linear
 from mm.decoder.ffn.moe import SparseMoE
 from mm.decoder.init import EMBEDDING_STD, Init
@@ -192,7 +192,11 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) after the final norm -> (..., V) float32."""
-        return self.head_options.finish(self.head(hidden))
+        return self.projection(hidden)
+
+    @property
+    def projection(self) -> Projection:
+        return Projection(self.head, self.head_options)
 
     def new_cache(self) -> Cache:
         return self.rereader.new_cache(len(self.layers))

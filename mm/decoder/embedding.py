@@ -69,6 +69,17 @@ class Head:
         return logits if self.softcap is None else self.softcap * (logits / self.softcap).tanh()
 
 
+@dataclass(frozen=True)
+class Projection:
+    """hidden states (..., D) -> logits (..., V) float32; a loss over a large vocabulary needs its parts."""
+
+    matrix: nn.Linear
+    options: Head
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        return self.options.finish(self.matrix(hidden))
+
+
 class TokenEmbedding(nn.Embedding):
     """ids (...) int64 -> (..., D), times `scale` (rounded to the weights' dtype first, as Gemma was trained)."""
 

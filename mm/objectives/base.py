@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mm.model import ModelOutput, MultimodalModel
+from mm.objectives.cross_entropy import cross_entropy
 from mm.types import IGNORE, Batch
 
 
@@ -43,7 +43,6 @@ def next_token_loss(output: ModelOutput) -> tuple[Tensor, Tensor, Tensor]:
     sequence = output.sequence
     rows, columns = ((sequence.labels != IGNORE) & (sequence.predecessor >= 0)).nonzero(as_tuple=True)
     labels = sequence.labels[rows, columns]
-    logits = output.head(output.hidden[rows, sequence.predecessor[rows, columns]])
-    loss = F.cross_entropy(logits, labels, reduction="sum") if len(labels) else logits.sum()
-    right = (logits.detach().argmax(-1) == labels).sum() if len(labels) else labels.new_zeros(())
-    return loss, torch.tensor(float(len(labels)), device=logits.device), right
+    states = output.hidden[rows, sequence.predecessor[rows, columns]]
+    loss, right = cross_entropy(output.head, states, labels)
+    return loss, torch.tensor(float(len(labels)), device=labels.device), right

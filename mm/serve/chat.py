@@ -13,9 +13,10 @@ from mm.datasets.messages import sample_of_messages
 from mm.generation.tickets import Ticket
 from mm.serve.forms import ChatForm
 from mm.serve.options import chat_options, prepared, seeds, told
-from mm.serve.toolcalls import CallFilter, offered
+from mm.serve.toolcalls import offered
 from mm.serve.wire import EventStream, token_entry, usage
 from mm.serve.worker import Answers, Piece
+from mm.tools.held import CallFilter
 
 if TYPE_CHECKING:
     from mm.serve.app import Server

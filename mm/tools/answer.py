@@ -2,20 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 from mm.generation.engine import generate
 from mm.generation.requests import GenerativeModel
-from mm.tools.calls import ToolCall, describe, result_message
-from mm.tools.documents import Cited, cite, with_documents
+from mm.tools.calls import ToolCall, result_message
+from mm.tools.choose import Message, Plan, Tools
+from mm.tools.documents import Cited, cite
+from mm.tools.held import CallFilter
 from mm.tools.index import Hit
-from mm.tools.router import NONE, Decision, Router
+from mm.tools.router import Decision
 from mm.tools.toolbox import Result, Toolbox
 from mm.types import Sample
 
-Message = dict[str, Any]
+ROUNDS = 4
+
+
+@dataclass(frozen=True)
+class Called:
+    """The calls that an answer made, with their results, and what of it joins the chat: what the model wrote, and what
+    it was told."""
+
+    steps: list[tuple[ToolCall, Result]]
+    messages: list[Message]
+
+
+def converse(
+    plan: Plan, toolbox: Toolbox, write: Callable[[list[Message]], Iterable[str]], rounds: int = ROUNDS
+) -> Iterator[str | Called]:
+    """The answer's text piece by piece, and between its rounds what was called. `write` answers a chat."""
+    if not plan.offered:
+        yield from write(plan.messages)
+        return
+    messages, found = plan.messages, len(plan.hits)
+    for _ in range(rounds):
+        held, written = CallFilter(toolbox.names), list[str]()
+        for piece in write(messages):
+            written.append(piece)
+            if text := held.push(piece):
+                yield text
+        rest, calls = held.end()
+        if rest:
+            yield rest
+        if not calls:
+            return
+        steps: list[tuple[ToolCall, Result]] = []
+        for call in calls:
+            result = toolbox.run(call, first=found + 1)
+            found += len(result.hits)
+            steps.append((call, result))
+        told = "\n".join(result_message(call, result.text)["content"] for call, result in steps)
+        said = [{"role": "assistant", "content": "".join(written)}, {"role": "user", "content": told}]
+        messages = [*messages, *said]
+        yield Called(steps, said)
 
 
 @dataclass(frozen=True)
@@ -33,55 +74,24 @@ class ToolAnswer:
 def answer(
     model: GenerativeModel,
     sample: Sample,
-    toolbox: Toolbox,
-    router: Router | None = None,
-    rounds: int = 4,
+    tools: Tools,
+    rounds: int = ROUNDS,
     max_new_tokens: int = 256,
     **options: Any,
 ) -> ToolAnswer:
-    """Answers the sample's last question. With a probe in `router`, it decides which tool is offered, or none; without,
-    all of the toolbox are. `options` are those of `generate`. Raises ValueError as `generate` does.
-    """
-    router = router or Router(toolbox.names)
-    messages, hits = list(sample.messages), list[Hit]()
-    decision = None if router.probe is None else router.by_prompt(model, sample)
-    offered = toolbox.names if decision is None else () if decision.tool == NONE else (decision.tool,)
-    if decision is not None and decision.tool == "retrieval":
-        hits = toolbox.search(question(messages))
-        messages = with_documents(messages, hits)
-    elif offered:
-        messages = _with_system(messages, describe(toolbox.declarations(*offered)))
-    steps: list[tuple[ToolCall, Result]] = []
-    text, finished = "", False
-    for _ in range(rounds):
+    """Answers the sample's last question. `options` are those of `generate`. Raises ValueError as `generate` does."""
+
+    def write(messages: list[Message]) -> Iterator[str]:
         (written,) = generate(model, [replace(sample, messages=messages)], max_new_tokens, **options)
-        said = router.by_text(written.text) if offered else Decision(NONE, text=written.text)
-        text = said.text
-        if finished := not said.calls:
-            break
-        results = []
-        for call in said.calls:
-            result = toolbox.run(call, first=len(hits) + 1)
-            hits += result.hits
-            steps.append((call, result))
-            results.append(result_message(call, result.text)["content"])
-        replies = {"role": "user", "content": "\n".join(results)}
-        messages = [*messages, {"role": "assistant", "content": written.text}, replies]
-    return ToolAnswer(text, cite(text, hits) if hits else None, steps, decision, finished)
+        yield written.text
 
-
-def question(messages: Sequence[Message]) -> str:
-    """The text of the last message."""
-    content = messages[-1]["content"]
-    if isinstance(content, str):
-        return content
-    return "\n".join(part["text"] for part in content if part["type"] == "text")
-
-
-def _with_system(messages: list[Message], text: str) -> list[Message]:
-    """The chat with a text at the end of its system prompt."""
-    if not messages or messages[0]["role"] != "system":
-        return [{"role": "system", "content": text}, *messages]
-    content = messages[0]["content"]
-    joined = f"{content}\n\n{text}" if isinstance(content, str) else [*content, {"type": "text", "text": f"\n\n{text}"}]
-    return [{**messages[0], "content": joined}, *messages[1:]]
+    plan = tools.plan(model, sample)
+    hits, steps, text, calls = list[Hit](plan.hits), list[tuple[ToolCall, Result]](), "", 0
+    for part in converse(plan, tools.toolbox, write, rounds):
+        if isinstance(part, Called):
+            steps += part.steps
+            hits += [hit for _, result in part.steps for hit in result.hits]
+            text, calls = "", calls + 1  # what was said before a call is not the answer
+        else:
+            text += part
+    return ToolAnswer(text.strip(), cite(text, hits) if hits else None, steps, plan.decision, calls < rounds)

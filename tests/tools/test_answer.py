@@ -10,6 +10,7 @@ from mm.generation.testing import ScriptedModel
 from mm.testing import tiny_tokenizer
 from mm.tools.answer import answer
 from mm.tools.calls import ToolCall
+from mm.tools.choose import Tools
 from mm.tools.code import CodeTool
 from mm.tools.index import Index
 from mm.tools.probe import ToolProbe
@@ -38,7 +39,7 @@ ASKED = Sample("q", [{"role": "user", "content": "what does a heron eat?"}])
 
 def test_a_sum_is_computed_and_told() -> None:
     model, seen = scripted("Let me see. " + call("calculator", expression="12 * 34"), "It is 408.")
-    result = answer(model, ASKED, Toolbox())
+    result = answer(model, ASKED, Tools(Toolbox()))
     assert (result.text, result.finished, result.cited) == ("It is 408.", True, None)
     ((made, said),) = result.steps
     assert (made.arguments, said.text, said.failed) == ({"expression": "12 * 34"}, "408", False)
@@ -50,7 +51,7 @@ def test_a_sum_is_computed_and_told() -> None:
 def test_passages_are_numbered_through_and_cited(index: Index) -> None:
     turns = [call("retrieval", query="heron"), call("retrieval", query="kiln clay"), "A kiln [2]."]
     model, seen = scripted(*turns)
-    result = answer(model, ASKED, Toolbox(index, k=1))
+    result = answer(model, ASKED, Tools(Toolbox(index, k=1)))
     assert "[1] Heron" in seen[1][-1]["content"] and "[2] Kiln" in seen[2][-1]["content"]
     assert result.cited is not None
     assert [(number, hit.chunk.title) for number, hit in result.cited.sources] == [(2, "Kiln")]
@@ -67,7 +68,7 @@ def test_passages_are_numbered_through_and_cited(index: Index) -> None:
 )
 def test_a_call_that_fails_is_told_to_the_model(made: str, said: str) -> None:
     model, seen = scripted(made, "I cannot say.")
-    result = answer(model, ASKED, Toolbox())
+    result = answer(model, ASKED, Tools(Toolbox()))
     assert result.steps[0][1].failed
     assert said in seen[1][-1]["content"]
     assert result.text == "I cannot say."
@@ -86,7 +87,7 @@ def test_numbers_are_taken_for_expressions() -> None:
 
 def test_a_model_that_only_calls_is_stopped() -> None:
     model, _ = scripted(*[call("calculator", expression="1")] * 3)
-    result = answer(model, ASKED, Toolbox(), rounds=3)
+    result = answer(model, ASKED, Tools(Toolbox()), rounds=3)
     assert (result.finished, len(result.steps), result.text) == (False, 3, "")
 
 
@@ -101,20 +102,26 @@ class FixedRouter(Router):
         return Decision(self.tool)
 
 
+def decided(toolbox: Toolbox, tool: str) -> Tools:
+    tools = Tools(toolbox)
+    tools.router = FixedRouter(toolbox.names, tool)
+    return tools
+
+
 def test_the_probe_decides_what_is_offered(index: Index) -> None:
     toolbox = Toolbox(index)
     model, seen = scripted("It eats fish [1].")
-    result = answer(model, ASKED, toolbox, FixedRouter(toolbox.names, "retrieval"))
+    result = answer(model, ASKED, decided(toolbox, "retrieval"))
     assert [message["role"] for message in seen[0]] == ["user"]  # documents stand in the question, no tool is described
     assert "[1] Heron" in seen[0][-1]["content"]
     assert result.cited is not None and result.cited.sources[0][1].chunk.title == "Heron"
 
     model, seen = scripted("Hello.")
-    result = answer(model, ASKED, toolbox, FixedRouter(toolbox.names, "none"))
+    result = answer(model, ASKED, decided(toolbox, "none"))
     assert seen[0] == ASKED.messages and result.cited is None
 
     model, seen = scripted("408")
-    answer(model, ASKED, toolbox, FixedRouter(toolbox.names, "calculator"))
+    answer(model, ASKED, decided(toolbox, "calculator"))
     assert '"calculator"' in seen[0][0]["content"] and '"retrieval"' not in seen[0][0]["content"]
 
 
@@ -122,7 +129,7 @@ def test_a_system_prompt_keeps_its_text() -> None:
     for content in ("Be brief.", [{"type": "text", "text": "Be brief."}]):
         model, seen = scripted("Yes.")
         messages = [{"role": "system", "content": content}, *ASKED.messages]
-        answer(model, Sample("q", messages), Toolbox())
+        answer(model, Sample("q", messages), Tools(Toolbox()))
         first = seen[0][0]["content"]
         text = first if isinstance(first, str) else "".join(part["text"] for part in first)
         assert text.startswith("Be brief.\n\nYou may call")
