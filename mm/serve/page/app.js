@@ -103,6 +103,7 @@ class App {
       this.composer.setBusy(false);
     }
     view.draw();
+    if (this.look.visible) this.look.open(); // there is a newer answer to look at
   }
 
   messages(turn) {

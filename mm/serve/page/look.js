@@ -13,8 +13,13 @@ export class Look {
     this.choice = byId("look-choice");
     this.save = byId("look-save");
     this.known = new Map(); // turn -> {answer, html}
+    this.shown = null; // the HTML that is in the frame
     this.turn = null; // what is chosen
     this.choice.addEventListener("change", () => this.open(this.turns()[this.choice.selectedIndex]));
+  }
+
+  get visible() {
+    return !byId("panel-look").hidden;
   }
 
   /** Shows a turn; without one the turn that was chosen last, if the chat has it still, or else the newest. */
@@ -67,6 +72,8 @@ export class Look {
   show(html) {
     this.state.hidden = true;
     this.frame.hidden = this.save.hidden = false;
+    if (this.shown === html) return; // where it was scrolled to, and what was chosen in it, stays
+    this.shown = html;
     fillFrame(this.frame, html);
     URL.revokeObjectURL(this.save.href);
     this.save.href = URL.createObjectURL(new Blob([html], { type: "text/html" }));

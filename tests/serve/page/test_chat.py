@@ -6,13 +6,18 @@ import base64
 import json
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import pytest
 
-from mm.serve.run import Running
+from mm.serve.run import Running, running
+from mm.testing import tiny_model
 
 from ..files import picture
 from .driven import Driven, events, scripted
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 pytestmark = pytest.mark.slow
 
@@ -179,6 +184,17 @@ def test_refusals_are_told_in_plain_words(driven: Driven) -> None:
     assert "longer than the model can read" in driven.turn(4).inner_text()
     assert len(driven.complaints) == 3 and all("Failed to load resource" in each for each in driven.complaints)
     driven.complaints.clear()  # the browser's own words for 503, for an aborted request and for 400
+
+
+def test_a_browser_gives_the_key_as_a_password(browser: Browser) -> None:
+    with running(tiny_model().eval(), name="tiny", api_key="secret") as here:
+        with browser.new_context() as context:
+            assert context.request.get(here.url).status == 401
+        with browser.new_context(http_credentials={"username": "me", "password": "secret"}) as context:
+            driven = Driven(context.new_page(), here.url)
+            driven.set(max_tokens=2)
+            driven.ask("what?")
+            assert driven.complaints == []
 
 
 def test_reasoning_is_folded_apart(driven: Driven) -> None:

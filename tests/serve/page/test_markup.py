@@ -49,6 +49,20 @@ def test_markup_in_an_answer_stays_text(driven: Driven) -> None:
 
 
 @pytest.mark.slow
+def test_nothing_runs_where_an_answer_is_explained(driven: Driven) -> None:
+    html = "<!doctype html><style>p { color: rgb(1, 2, 3) }</style><p style='margin: 7px' style=\"top: 1px\">here</p>"
+    html += "<script>parent.caught = 1</script><img src=x onerror='parent.caught = 1'>"
+    driven.page.route("**/v1/explain", lambda route: route.fulfill(json={"html": html}))
+    scripted(driven, events({"content": "red"}))
+    driven.ask("what?")
+    driven.page.get_by_role("tab", name="Where it looked").click()
+    driven.page.locator("#look-frame").wait_for()
+    assert driven.looked("page => getComputedStyle(page.querySelector('p')).color") == "rgb(1, 2, 3)"
+    assert driven.page.evaluate("window.caught") is None
+    driven.complaints.clear()  # the browser tells what it refused
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "html"),
     [
