@@ -8,9 +8,12 @@ const WORDS = {
   too_many_requests: "You have as many answers under way as one visitor may. One of them has to end first.",
   server_busy: "The server is busy with other questions.",
   decoder_busy: "The server is busy with other files.",
-  deadline_exceeded: "The answer took longer than the server allows. A lower limit of tokens in Settings helps, or less media.",
-  context_length_exceeded: "The chat has become longer than the model can read. Start a new chat, or edit an earlier question.",
-  body_too_large: "The files of this chat are larger together than the server takes. Start a new chat, or attach fewer.",
+  deadline_exceeded:
+    "The answer took longer than the server allows. A lower limit of tokens in Settings helps, or less media.",
+  context_length_exceeded:
+    "The chat has become longer than the model can read. Start a new chat, or edit an earlier question.",
+  body_too_large:
+    "The files of this chat are larger together than the server takes. Start a new chat, or attach fewer.",
   too_many_items: "The chat has more files than the server takes. Start a new chat, or attach fewer.",
   media_too_large: "A file is larger, or longer, than the server takes.",
   media_unreadable: "A file cannot be read: it is damaged, cut off or empty.",
@@ -64,7 +67,11 @@ export async function explanation(request, signal) {
 
 /** Yields the chunks of an answer as they come; see POST /v1/chat/completions. */
 export async function* answerStream(request, signal) {
-  const response = await ask("/v1/chat/completions", { ...request, stream: true, stream_options: { include_usage: true } }, signal);
+  const response = await ask(
+    "/v1/chat/completions",
+    { ...request, stream: true, stream_options: { include_usage: true } },
+    signal,
+  );
   for await (const data of events(response, signal)) {
     if (data === "[DONE]") return;
     const chunk = JSON.parse(data);

@@ -3,7 +3,7 @@
 import { answerStream, Refusal, serverSettings } from "./api.js";
 import { Chat, Turn } from "./chat.js";
 import { Composer, welcome } from "./composer.js";
-import { byId, element, icon } from "./dom.js";
+import { action, byId, element } from "./dom.js";
 import { Look } from "./look.js";
 import { Settings } from "./settings.js";
 import { Tabs } from "./tabs.js";
@@ -58,9 +58,9 @@ class App {
     const turn = new Turn(text, attachments);
     this.chat.turns.push(turn);
     const view = new TurnView(turn, {
-      edit: (turn) => this.edit(turn),
-      again: (turn) => this.again(turn),
-      look: (turn) => this.tabs.select("tab-look", () => this.look.open(turn)),
+      edit: () => this.edit(turn),
+      again: () => this.again(turn),
+      look: () => this.tabs.select("tab-look", () => this.look.open(turn)),
     });
     this.views.set(turn, view);
     byId("turns").append(view.row);
@@ -180,11 +180,14 @@ class App {
 
 /** The buttons of an empty chat do what those of the composer do, by name. */
 function offerStarts() {
-  const starts = [["attach", "attach", "Choose a file"], ["camera", "camera", "Use the camera"], ["record", "microphone", "Record a sound"]];
+  const starts = [
+    ["attach", "attach", "Choose a file"],
+    ["camera", "camera", "Use the camera"],
+    ["record", "microphone", "Record a sound"],
+  ];
   const offered = starts.filter(([id]) => !byId(id).hidden);
-  byId("starts").replaceChildren(
-    ...offered.map(([id, drawing, label]) => element("button", { type: "button", class: "quiet", onclick: () => byId(id).click() }, icon(drawing), element("span", {}, label))),
-  );
+  const buttons = offered.map(([id, name, label]) => action(name, label, () => byId(id).click(), "quiet"));
+  byId("starts").replaceChildren(...buttons);
 }
 
 async function start() {

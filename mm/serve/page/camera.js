@@ -29,7 +29,9 @@ export class Camera {
     this.ready(false);
     this.dialog.showModal();
     try {
-      const stream = await navigator.mediaDevices.getUserMedia({ video: { facingMode: "environment", width: { ideal: 1280 } } });
+      const stream = await navigator.mediaDevices.getUserMedia({
+        video: { facingMode: "environment", width: { ideal: 1280 } },
+      });
       if (!this.dialog.open) return stop(stream); // closed before the browser had asked
       this.stream = stream;
       this.view.srcObject = stream;

@@ -46,7 +46,8 @@ export class Composer {
     this.notice.querySelector("button").addEventListener("click", () => this.say(""));
     this.question.addEventListener("input", () => this.grow());
     this.question.addEventListener("keydown", (event) => {
-      if (event.key !== "Enter" || event.shiftKey || event.isComposing) return; // composing: the key ends a word of its own
+      const composing = event.isComposing; // the key ends a word that is being put together
+      if (event.key !== "Enter" || event.shiftKey || composing) return;
       event.preventDefault();
       this.send();
     });
@@ -71,9 +72,11 @@ export class Composer {
       event.preventDefault(); // wherever it falls: the browser would leave the page to show the file
       if (!this.open()) return;
       if (event.type === "dragenter") inside++;
-      if (event.type === "drop") this.add([...event.dataTransfer.files]);
-      hint.hidden = event.type === "drop";
-      if (event.type === "drop") inside = 0;
+      if (event.type === "drop") {
+        inside = 0;
+        this.add([...event.dataTransfer.files]);
+      }
+      hint.hidden = inside === 0;
     };
     for (const type of ["dragenter", "dragover", "drop"]) document.addEventListener(type, over);
     document.addEventListener("dragleave", () => {
@@ -103,7 +106,7 @@ export class Composer {
         troubles.push(error.message);
       }
     }
-    this.say(troubles.join(" "));
+    this.say([...new Set(troubles)].join(" "));
     this.show();
     this.question.focus();
   }
@@ -125,12 +128,15 @@ export class Composer {
   }
 
   show() {
-    this.list.replaceChildren(...this.attachments.map((each) => {
-      const close = element("button", { type: "button", class: "icon small", "aria-label": `Remove ${each.name}` }, icon("close"));
-      const row = element("li", { class: each.kind }, preview(each), about(each), close);
-      close.addEventListener("click", () => this.remove(each, row));
-      return row;
-    }));
+    this.list.replaceChildren(
+      ...this.attachments.map((each) => {
+        const label = `Remove ${each.name}`;
+        const close = element("button", { type: "button", class: "icon small", "aria-label": label }, icon("close"));
+        const row = element("li", { class: each.kind }, preview(each), about(each), close);
+        close.addEventListener("click", () => this.remove(each, row));
+        return row;
+      }),
+    );
     this.list.hidden = !this.attachments.length;
   }
 
@@ -224,12 +230,14 @@ export function preview(attachment) {
   return element("audio", { src: url, controls: true, "aria-label": name });
 }
 
-const about = ({ name, size }) => element("span", { class: "about soft" }, element("span", {}, name), ` ${bytes(size)}`);
+const about = ({ name, size }) =>
+  element("span", { class: "about soft" }, element("span", {}, name), ` ${bytes(size)}`);
 
 /** The first words of an empty chat. */
 export function welcome(server) {
   const kinds = Object.keys(offeredBy(server));
   const list = either(kinds.map((kind) => NAMES[kind]));
   byId("invitation").textContent = list ? `Ask about ${list}` : "Ask something";
-  byId("ways").textContent = kinds.length ? `Drop a file here, paste one, or choose one. ${taken(server)}` : taken(server);
+  const ways = kinds.length ? "Drop a file here, paste one, or choose one. " : "";
+  byId("ways").textContent = ways + taken(server);
 }

@@ -28,10 +28,14 @@ export function icon(name) {
   return drawing;
 }
 
-/** A small button of an icon and a word. */
-export function action(name, label, onclick, attributes = {}) {
-  return element("button", { type: "button", class: "quiet small", onclick, ...attributes }, icon(name), element("span", {}, label));
+/** A button of an icon and a word. */
+export function action(name, label, onclick, style = "quiet small") {
+  return element("button", { type: "button", class: style, onclick }, icon(name), element("span", {}, label));
 }
+
+/** What says that something is going on. */
+export const dots = () =>
+  element("span", { class: "dots", "aria-hidden": "true" }, element("i"), element("i"), element("i"));
 
 /** A button that copies what `text()` gives, and says that it did; null where the browser forbids copying. */
 export function copyButton(text, label = "Copy") {

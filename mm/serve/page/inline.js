@@ -3,7 +3,7 @@
 import { element } from "./dom.js";
 
 const DEPTH = 8; // emphasis in emphasis
-const MARKS = { "**": "strong", "__": "strong", "~~": "del", "*": "em", _: "em" };
+const MARKS = { "**": "strong", __: "strong", "~~": "del", "*": "em", _: "em" };
 const ADDRESS = /https?:\/\/[^\s<>"'`]+/y;
 const PUNCTUATION = /[!-/:-@[-`{-~]/;
 const WORD = /[\p{L}\p{N}]/u;
@@ -78,7 +78,8 @@ function emphasis(text, at, { depth, links, closed }) {
     closed.add(mark);
     return null;
   }
-  return { nodes: [element(MARKS[mark], {}, inline(text.slice(inner, end), depth + 1, links))], end: end + mark.length };
+  const inside = inline(text.slice(inner, end), depth + 1, links);
+  return { nodes: [element(MARKS[mark], {}, inside)], end: end + mark.length };
 }
 
 /** Where a mark's end is, beyond code and escapes; -1 if nowhere. */
@@ -90,8 +91,11 @@ function closing(text, from, mark) {
       if (end > 0) at = end;
     } else if (text.startsWith(mark, at) && at > from && text[at - 1].trim()) {
       const next = text[at + mark.length] ?? "";
-      if (mark.length === 1 && next === mark) at++; // two of them are another mark
-      else if (mark[0] !== "_" || !WORD.test(next)) return mark.length === 2 && next === mark[0] ? at + 1 : at;
+      if (mark.length === 1 && next === mark) {
+        at++; // two of them are another mark
+      } else if (mark[0] !== "_" || !WORD.test(next)) {
+        return mark.length === 2 && next === mark[0] ? at + 1 : at;
+      }
     }
   }
   return -1;
@@ -104,7 +108,11 @@ function linked(text, open, { depth, links }) {
   if (label < 0 || text[label + 1] !== "(") return null;
   const end = between(text, label + 1, "(", ")");
   if (end < 0) return null;
-  const href = address(text.slice(label + 2, end).trim().split(/\s/)[0].replace(/^<|>$/g, ""));
+  const [written] = text
+    .slice(label + 2, end)
+    .trim()
+    .split(/\s/); // a title may follow
+  const href = address(written.replace(/^<|>$/g, ""));
   return href && { nodes: link(href, inline(text.slice(open + 1, label), depth + 1, false)), end: end + 1 };
 }
 

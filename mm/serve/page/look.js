@@ -1,8 +1,13 @@
 // The second tab: where an answer looked, as the server's own page, in a frame that runs nothing.
 
 import { explanation, Refusal } from "./api.js";
-import { byId, element } from "./dom.js";
+import { byId, dots, element } from "./dom.js";
 import { showTrouble } from "./view.js";
+
+const NOTHING =
+  "Ask something in the chat. This tab then shows which places of a picture, sound or film the answer looked at, " +
+  "and which experts worked on each word.";
+const TOO_LONG = "The chat up to this answer is too long to be looked into.";
 
 export class Look {
   /** `turns()` are those that can be explained; `request(turn)` what the server is asked for one. */
@@ -28,18 +33,19 @@ export class Look {
     this.turn = turn ?? (turns.includes(this.turn) && !this.following ? this.turn : turns.at(-1));
     this.following = this.turn === turns.at(-1); // a newer answer, once there is one, takes its place
     byId("look-bar").hidden = !turns.length;
-    const options = turns.map((each, at) => element("option", { selected: each === this.turn }, `${at + 1}. ${each.text || "(no text)"}`));
+    const name = ({ text }, at) => `${at + 1}. ${text || "(no text)"}`;
+    const options = turns.map((each, at) => element("option", { selected: each === this.turn }, name(each, at)));
     this.choice.replaceChildren(...options);
     this.controller?.abort();
     if (this.turn) await this.find(this.turn);
-    else this.say(element("h2", {}, "Nothing to look at yet"), element("p", { class: "soft" }, "Ask something in the chat. This tab then shows which places of a picture, sound or film the answer looked at, and which experts worked on each word."));
+    else this.say(element("h2", {}, "Nothing to look at yet"), element("p", { class: "soft" }, NOTHING));
   }
 
   async find(turn) {
     const known = this.known.get(turn);
     if (known?.answer === turn.answer) return this.show(known.html);
     const controller = (this.controller = new AbortController());
-    this.say(element("p", { class: "soft waiting" }, element("span", { class: "dots", "aria-hidden": "true" }, element("i"), element("i"), element("i")), "Looking again at the answer"));
+    this.say(element("p", { class: "soft waiting" }, dots(), "Looking again at the answer"));
     try {
       const html = await explanation(await this.request(turn), controller.signal);
       if (controller.signal.aborted) return;
@@ -50,7 +56,7 @@ export class Look {
       if (!(error instanceof Refusal)) throw error;
       const trouble = element("div", { class: "trouble" });
       this.say(trouble);
-      if (error.code === "context_length_exceeded") error.message = "The chat up to this answer is too long to be looked into.";
+      if (error.code === "context_length_exceeded") error.message = TOO_LONG;
       showTrouble(trouble, error, () => this.open(turn));
     }
   }
@@ -81,9 +87,9 @@ export class Look {
 }
 
 /**
- * Puts a whole page of HTML into the frame. The frame's sandbox and this page's policy keep scripts from running; the same
- * policy refuses the styles that the page carries in itself, and complains of each as soon as it is parsed. So they are
- * parsed as something else, and go in as sheets and properties, which the policy leaves to scripts such as this one.
+ * Puts a whole page of HTML into the frame. The frame's sandbox and this page's policy keep scripts from running; the
+ * same policy refuses the styles that the page carries in itself, and complains of each as soon as it is parsed. So they
+ * are parsed as something else, and go in as sheets and properties, which the policy leaves to scripts such as this one.
  */
 function fillFrame(frame, html) {
   const page = new DOMParser().parseFromString(asData(html), "text/html");

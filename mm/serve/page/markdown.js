@@ -11,7 +11,8 @@ const QUOTE = /^ {0,3}>[ ]?/;
 const ITEM = /^( {0,3})([-*+]|\d{1,9}[.)])(?:( {1,4})(?=\S)|[ \t]*$)/;
 const DELIMITERS = /^[ \t]*\|?[ \t]*:?-+:?[ \t]*(?:\|[ \t]*:?-+:?[ \t]*)*\|?[ \t]*$/;
 
-// Control characters, and directions that letters do not have of themselves: text that reads otherwise than it is spelled.
+// Control characters, and directions that letters do not have of themselves: text that reads otherwise than it is
+// spelled.
 const UNSEEN = /[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]/g;
 
 const drawn = new WeakMap(); // place -> the blocks that it shows
@@ -28,7 +29,8 @@ export function render(text, place) {
   const before = drawn.get(place) ?? [];
   const found = parse(text);
   let same = 0;
-  while (same < before.length && before[same].source === found[same]?.source && before[same].kind === found[same].kind) same++;
+  const stands = ({ kind, source }, at) => before[at]?.kind === kind && before[at].source === source;
+  while (same < found.length && stands(found[same], same)) same++;
   while (place.childNodes.length > same) place.lastChild.remove();
   place.append(...found.slice(same).map(draw));
   drawn.set(place, found);
@@ -55,7 +57,8 @@ function structure(lines, at, depth) {
   let match;
   if ((match = FENCE.exec(line))) return fence(lines, at, match);
   if ((match = HEADING.exec(line))) {
-    return { block: { kind: "heading", level: match[1].length, text: match[2].trimEnd().replace(/ #+$/, "") }, end: at + 1 };
+    const text = match[2].trimEnd().replace(/ #+$/, "");
+    return { block: { kind: "heading", level: match[1].length, text }, end: at + 1 };
   }
   if (RULE.test(line)) return { block: { kind: "rule" }, end: at + 1 };
   if (QUOTE.test(line)) return quote(lines, at, depth);
@@ -64,12 +67,18 @@ function structure(lines, at, depth) {
   return null;
 }
 
-const opens = (line) => FENCE.test(line) || HEADING.test(line) || RULE.test(line) || QUOTE.test(line) || ITEM.test(line);
+const opens = (line) =>
+  FENCE.test(line) || HEADING.test(line) || RULE.test(line) || QUOTE.test(line) || ITEM.test(line);
 
 function paragraph(lines, at) {
   let end = at + 1;
   while (end < lines.length && lines[end].trim() && !opens(lines[end])) end++;
-  return { block: { kind: "paragraph", text: lines.slice(at, end).map((line) => line.trim()).join("\n") }, end };
+  const text = lines
+    .slice(at, end)
+    .join("\n")
+    .replace(/ *\n */g, "\n")
+    .trim();
+  return { block: { kind: "paragraph", text }, end };
 }
 
 /** A fence that does not close, as while it is being written, holds all that follows. */
@@ -102,7 +111,7 @@ function list(lines, at, depth) {
     end++;
     while (end < lines.length && belongs(lines, end, least)) inside.push(dedent(lines[end++], indent));
     items.push(blocks(inside, depth + 1));
-    while (end + 1 < lines.length && !lines[end].trim() && ITEM.test(lines[end + 1])) end++; // a blank line between items
+    if (end + 1 < lines.length && !lines[end].trim() && ITEM.test(lines[end + 1])) end++; // a blank line between items
   }
   return { block: { kind, start: parseInt(first, 10), items }, end };
 }
@@ -126,7 +135,10 @@ function table(lines, at) {
   return { block: { kind: "table", head, sides, rows }, end };
 }
 
-const cells = (line) => line.trim().replace(/^\||\|$/g, "").split(/(?<!\\)\|/).map((cell) => cell.trim());
+function cells(line) {
+  const inside = line.trim().replace(/^\||\|$/g, "");
+  return inside.split(/(?<!\\)\|/).map((cell) => cell.trim());
+}
 
 function draw(block) {
   switch (block.kind) {
@@ -158,18 +170,16 @@ function item(inside) {
 
 function code(block) {
   const name = block.language || "code";
-  const head = element("div", { class: "code-head" }, element("span", {}, name), copyButton(() => block.text));
+  const copy = copyButton(() => block.text);
+  const head = element("div", { class: "code-head" }, element("span", {}, name), copy);
   const body = element("pre", { tabindex: "0", role: "region", "aria-label": name }, element("code", {}, block.text));
   return element("div", { class: "code" }, head, body);
 }
 
 function drawTable({ head, sides, rows }) {
   const row = (tag, texts) => texts.map((text, at) => element(tag, { class: sides[at] || null }, inline(text)));
-  const made = element(
-    "table",
-    {},
-    element("thead", {}, element("tr", {}, row("th", head))),
-    element("tbody", {}, rows.map((texts) => element("tr", {}, row("td", texts)))),
-  );
+  const first = element("thead", {}, element("tr", {}, row("th", head)));
+  const rest = rows.map((texts) => element("tr", {}, row("td", texts)));
+  const made = element("table", {}, first, element("tbody", {}, rest));
   return element("div", { class: "wide", tabindex: "0", role: "region", "aria-label": "Table" }, made);
 }

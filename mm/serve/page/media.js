@@ -1,4 +1,5 @@
-// Files that are attached to a question: what they are by their first bytes, whether the server takes them, how they are sent.
+// Files that are attached to a question: what they are by their first bytes, whether the server takes them, and how they
+// are sent.
 
 import { bytes, either } from "./dom.js";
 
@@ -12,8 +13,14 @@ const STARTS = [
   ["WebM", [0x1a, 0x45, 0xdf, 0xa3]],
 ];
 const TYPES = {
-  JPEG: "image/jpeg", PNG: "image/png", GIF: "image/gif", WebP: "image/webp",
-  WAV: "audio/wav", MP3: "audio/mpeg", FLAC: "audio/flac", OGG: "audio/ogg",
+  JPEG: "image/jpeg",
+  PNG: "image/png",
+  GIF: "image/gif",
+  WebP: "image/webp",
+  WAV: "audio/wav",
+  MP3: "audio/mpeg",
+  FLAC: "audio/flac",
+  OGG: "audio/ogg",
 };
 export const NAMES = { image: "a picture", audio: "a sound", video: "a film" };
 
@@ -66,7 +73,8 @@ export class Attachment {
     if (!file.size) throw new Error(`${name} is empty.`);
     if (!kind) throw new Error(`${name} is ${format ?? "of a format that is not known here"}. ${taken(server)}`);
     const most = server.limits[`${kind}_bytes`];
-    if (file.size > most) throw new Error(`${name} has ${bytes(file.size)}; the server takes ${NAMES[kind]} of at most ${bytes(most)}.`);
+    if (file.size > most)
+      throw new Error(`${name} has ${bytes(file.size)}; the server takes ${NAMES[kind]} of at most ${bytes(most)}.`);
     if (kind === "image") await checkSides(file, name, server.limits);
     return new Attachment(file, kind, format);
   }

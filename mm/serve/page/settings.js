@@ -7,13 +7,29 @@ const KEY = "mm.settings";
 /** What can be set: name in the request, label, hint, and the bounds that an input of numbers takes. */
 const FIELDS = [
   { name: "system", label: "System prompt", hint: "What the model is told before the chat.", rows: 4 },
-  { name: "temperature", label: "Temperature", hint: "0 always takes the likeliest word; 1 is the default.", min: 0, max: 2, step: "any" },
-  { name: "top_p", label: "Top p", hint: "Only the likeliest words that make up this share.", min: 0.01, max: 1, step: "any" },
+  {
+    name: "temperature",
+    label: "Temperature",
+    hint: "0 always takes the likeliest word; 1 is the default.",
+    min: 0,
+    max: 2,
+    step: "any",
+  },
+  {
+    name: "top_p",
+    label: "Top p",
+    hint: "Only the likeliest words that make up this share.",
+    min: 0.01,
+    max: 1,
+    step: "any",
+  },
   { name: "top_k", label: "Top k", hint: "Only so many of the likeliest words.", min: 1, max: 100000, step: 1 },
   { name: "seed", label: "Seed", hint: "The same seed draws the same answer again.", min: 0, max: 4294967295, step: 1 },
   { name: "max_tokens", label: "Longest answer", hint: "In tokens.", min: 1, step: 1 },
   { name: "thinking", label: "Think first", hint: "The model reasons before it answers.", checked: true },
 ];
+
+const NUMBER = { type: "number", inputmode: "decimal", placeholder: "–" };
 
 /** The form is the one place of their values; the browser's storage gets a copy of those that are sound. */
 export class Settings {
@@ -21,7 +37,9 @@ export class Settings {
   constructor(server) {
     this.dialog = byId("settings");
     this.note = byId("settings-note");
-    this.fields = FIELDS.filter(({ name }) => name !== "thinking" || server.thinking).map((field) => drawn(field, server));
+    this.fields = FIELDS.filter(({ name }) => name !== "thinking" || server.thinking).map((field) =>
+      drawn(field, server),
+    );
     byId("fields").replaceChildren(...this.fields.map(({ row }) => row));
     this.show(this.stored());
     for (const field of this.fields) {
@@ -47,7 +65,8 @@ export class Settings {
     const values = {};
     for (const { name, input } of this.fields) {
       if (input.type === "checkbox") values[name] = input.checked;
-      else if (input.validity.valid && input.value.trim()) values[name] = input.type === "number" ? input.valueAsNumber : input.value.trim();
+      else if (input.validity.valid && input.value.trim())
+        values[name] = input.type === "number" ? input.valueAsNumber : input.value.trim();
     }
     return values;
   }
@@ -58,7 +77,8 @@ export class Settings {
 
   /** What a request says beside model and messages. */
   get options() {
-    const { system, ...options } = this.values;
+    const options = this.values;
+    delete options.system; // a message of its own
     return options;
   }
 
@@ -98,7 +118,7 @@ function drawn(field, server) {
   let input;
   if (field.rows) input = element("textarea", { ...common, rows: field.rows, dir: "auto" });
   else if ("checked" in field) input = element("input", { ...common, type: "checkbox" });
-  else input = element("input", { ...common, type: "number", inputmode: "decimal", min, max, step, placeholder: "–" });
+  else input = element("input", { ...common, ...NUMBER, min, max, step });
   const told = element("p", { id: `${id}-hint`, class: "soft" });
   const row = element("div", { class: `field ${input.type}` }, element("label", { for: id }, field.label), input, told);
   return { ...field, input, told, row };

@@ -4,7 +4,8 @@ const RATE = 16_000;
 
 /** Why a device cannot be used, in plain words. */
 export function deviceTrouble(error, device) {
-  if (error.name === "NotAllowedError") return `The browser does not let this page use the ${device}. Its address bar has the switch.`;
+  if (error.name === "NotAllowedError")
+    return `The browser does not let this page use the ${device}. Its address bar has the switch.`;
   if (error.name === "NotFoundError") return `There is no ${device} here.`;
   if (error.name === "NotReadableError") return `Another program uses the ${device}.`;
   return `The ${device} does not work: ${error.message}`;

@@ -1,7 +1,7 @@
 // Turns of the chat as they are seen.
 
 import { preview } from "./composer.js";
-import { action, copyButton, element, icon } from "./dom.js";
+import { action, copyButton, dots, element } from "./dom.js";
 import { render } from "./markdown.js";
 
 const ENDS = {
@@ -9,7 +9,7 @@ const ENDS = {
   content_filter: "The server held the rest of the answer back.",
 };
 
-/** One turn: `draw()` shows what it has become. `acts` are what its buttons do: {edit, again, look}, each with the turn. */
+/** One turn; `draw()` shows what it has become. `acts`, {edit, again, look}, are what its buttons do. */
 export class TurnView {
   constructor(turn, acts) {
     this.turn = turn;
@@ -21,17 +21,19 @@ export class TurnView {
     this.state = element("p", { class: "state soft" });
     this.trouble = element("div", { class: "trouble" });
     this.foot = element("div", { class: "actions" });
-    this.answer = element("article", { class: "answer", "aria-label": "Answer" }, this.reasoning, this.text, this.state, this.trouble, this.foot);
+    const parts = [this.reasoning, this.text, this.state, this.trouble, this.foot];
+    this.answer = element("article", { class: "answer", "aria-label": "Answer" }, parts);
     this.row = element("li", { class: "turn" }, this.asked(), this.answer);
     this.draw();
   }
 
   asked() {
-    const { turn } = this;
-    const media = element("div", { class: "media" }, turn.attachments.map(preview));
-    const text = element("p", { class: "said", dir: "auto" }, turn.text);
-    const buttons = element("div", { class: "actions" }, turn.text && copyButton(() => turn.text), action("edit", "Edit", () => this.acts.edit(turn)));
-    return element("article", { class: "question", "aria-label": "Question" }, turn.attachments.length > 0 && media, turn.text && text, buttons);
+    const { text, attachments } = this.turn;
+    const media = attachments.length > 0 && element("div", { class: "media" }, attachments.map(preview));
+    const said = text !== "" && element("p", { class: "said", dir: "auto" }, text);
+    const edit = action("edit", "Edit", () => this.acts.edit());
+    const buttons = element("div", { class: "actions" }, text !== "" && copyButton(() => text), edit);
+    return element("article", { class: "question", "aria-label": "Question" }, media, said, buttons);
   }
 
   draw() {
@@ -56,7 +58,7 @@ export class TurnView {
   /** What is to be said of the answer beside its text. */
   said() {
     const { state, answer, finish, reasoning } = this.turn;
-    if (state === "waiting" && !reasoning) return [element("span", { class: "dots", "aria-hidden": "true" }, ...Array.from({ length: 3 }, () => element("i"))), "Reading"];
+    if (state === "waiting" && !reasoning) return [dots(), "Reading"];
     if (state === "stopped") return [answer ? "Stopped here." : "Stopped before the first word."];
     if (state !== "done") return [];
     if (!answer) return ["The model answered without a word."];
@@ -69,8 +71,8 @@ export class TurnView {
     const speed = tokens > 1 && seconds > 0.05 ? ` · ${Math.round((tokens - 1) / seconds)} a second` : "";
     return [
       turn.answer && copyButton(() => turn.answer),
-      turn.state !== "failed" && action("again", "Regenerate", () => acts.again(turn), { class: "quiet small again" }),
-      turn.answer && turn.state !== "failed" && action("look", "Where it looked", () => acts.look(turn)),
+      turn.state !== "failed" && action("again", "Regenerate", () => acts.again(), "quiet small again"),
+      turn.answer && turn.state !== "failed" && action("look", "Where it looked", () => acts.look()),
       tokens && element("span", { class: "soft facts" }, `${tokens} ${tokens === 1 ? "token" : "tokens"}${speed}`),
     ].filter(Boolean);
   }
@@ -79,13 +81,13 @@ export class TurnView {
     const { error, state } = this.turn;
     this.trouble.replaceChildren();
     this.trouble.hidden = state !== "failed";
-    if (state === "failed") showTrouble(this.trouble, error, () => this.acts.again(this.turn));
+    if (state === "failed") showTrouble(this.trouble, error, () => this.acts.again());
   }
 }
 
 /** An error with its request id, and a button that waits for as long as the server asked. */
 export function showTrouble(place, error, again) {
-  const button = element("button", { type: "button", class: "quiet again", onclick: again }, icon("again"), element("span", {}, "Try again"));
+  const button = action("again", "Try again", again, "quiet again");
   const told = element("p", { role: "alert" }, error.message);
   const id = error.id && element("p", { class: "soft" }, "Request ", element("code", {}, error.id));
   place.replaceChildren(told, ...(id ? [id] : []), button);
