@@ -33,7 +33,7 @@ export class Look {
     this.turn = turn ?? (turns.includes(this.turn) && !this.following ? this.turn : turns.at(-1));
     this.following = this.turn === turns.at(-1); // a newer answer, once there is one, takes its place
     byId("look-bar").hidden = !turns.length;
-    const name = ({ text }, at) => `${at + 1}. ${text || "(no text)"}`;
+    const name = ({ text }, at) => `${at + 1}. ${text.slice(0, 100) || "(no text)"}`;
     const options = turns.map((each, at) => element("option", { selected: each === this.turn }, name(each, at)));
     this.choice.replaceChildren(...options);
     this.controller?.abort();
@@ -87,9 +87,9 @@ export class Look {
 }
 
 /**
- * Puts a whole page of HTML into the frame. The frame's sandbox and this page's policy keep scripts from running; the
- * same policy refuses the styles that the page carries in itself, and complains of each as soon as it is parsed. So they
- * are parsed as something else, and go in as sheets and properties, which the policy leaves to scripts such as this one.
+ * Puts a whole page of HTML into the frame. The frame's sandbox and this page's policy keep scripts from running. The
+ * policy refuses the styles too that such a page carries in itself, and complains of each as soon as it is parsed. So
+ * they are parsed as something else, and go in as sheets and properties, which the policy leaves to scripts.
  */
 function fillFrame(frame, html) {
   const page = new DOMParser().parseFromString(asData(html), "text/html");

@@ -1,5 +1,5 @@
-// Files that are attached to a question: what they are by their first bytes, whether the server takes them, and how they
-// are sent.
+// Files that are attached to a question: what they are by their first bytes, whether the server takes them, and as what
+// they are sent.
 
 import { bytes, either } from "./dom.js";
 
