@@ -10,6 +10,7 @@ export class Turn {
   }
 
   restart() {
+    this.before = this.answer ?? null; // what was answered when it was last asked
     this.state = "waiting";
     this.answer = "";
     this.reasoning = "";

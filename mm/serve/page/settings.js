@@ -4,13 +4,14 @@ import { byId, element } from "./dom.js";
 
 const KEY = "mm.settings";
 
-/** What can be set: name in the request, label, hint, and the bounds that an input of numbers takes. */
+/** What can be set: name in the request, label, hint, what it is at first, and the bounds of a number. */
 const FIELDS = [
   { name: "system", label: "System prompt", hint: "What the model is told before the chat.", rows: 4 },
   {
     name: "temperature",
     label: "Temperature",
-    hint: "0 always takes the likeliest word; 1 is the default.",
+    hint: "0 always takes the likeliest word, 1 draws as the model would.",
+    initial: "0",
     min: 0,
     max: 2,
     step: "any",
@@ -26,12 +27,12 @@ const FIELDS = [
   { name: "top_k", label: "Top k", hint: "Only so many of the likeliest words.", min: 1, max: 100000, step: 1 },
   { name: "seed", label: "Seed", hint: "The same seed draws the same answer again.", min: 0, max: 4294967295, step: 1 },
   { name: "max_tokens", label: "Longest answer", hint: "In tokens.", min: 1, step: 1 },
-  { name: "thinking", label: "Think first", hint: "The model reasons before it answers.", checked: true },
+  { name: "thinking", label: "Think first", hint: "The model reasons before it answers.", initial: true },
 ];
 
 const NUMBER = { type: "number", inputmode: "decimal", placeholder: "–" };
 
-/** The form is the one place of their values; the browser's storage gets a copy of those that are sound. */
+/** The form is the one place of their values; the browser's storage gets a copy of what was entered. */
 export class Settings {
   /** `server`: what GET /v1/settings said. */
   constructor(server) {
@@ -51,7 +52,7 @@ export class Settings {
     byId("reset-settings").addEventListener("click", () => {
       this.show({});
       this.store();
-      this.note.textContent ||= "All settings are cleared.";
+      this.note.textContent ||= "These are the defaults.";
     });
   }
 
@@ -84,9 +85,9 @@ export class Settings {
 
   show(values) {
     for (const field of this.fields) {
-      const { name, input, checked } = field;
-      if (input.type === "checkbox") input.checked = values[name] ?? checked;
-      else input.value = values[name] ?? "";
+      const { name, input, initial } = field;
+      if (input.type === "checkbox") input.checked = values[name] ?? initial;
+      else input.value = values[name] ?? initial ?? "";
       check(field);
     }
   }
@@ -103,7 +104,8 @@ export class Settings {
   store() {
     this.note.textContent = "";
     try {
-      localStorage.setItem(KEY, JSON.stringify(this.values));
+      const entered = ({ name, input }) => [name, input.type === "checkbox" ? input.checked : input.value];
+      localStorage.setItem(KEY, JSON.stringify(Object.fromEntries(this.fields.map(entered))));
     } catch {
       this.note.textContent = "This browser keeps nothing for this page: the settings last until you leave it.";
     }
@@ -117,7 +119,7 @@ function drawn(field, server) {
   const { min, max = server.max_length, step } = field;
   let input;
   if (field.rows) input = element("textarea", { ...common, rows: field.rows, dir: "auto" });
-  else if ("checked" in field) input = element("input", { ...common, type: "checkbox" });
+  else if (field.initial === true) input = element("input", { ...common, type: "checkbox" });
   else input = element("input", { ...common, ...NUMBER, min, max, step });
   const told = element("p", { id: `${id}-hint`, class: "soft" });
   const row = element("div", { class: `field ${input.type}` }, element("label", { for: id }, field.label), input, told);

@@ -8,6 +8,7 @@ const ENDS = {
   length: "The answer ends here because it reached its longest length.",
   content_filter: "The server held the rest of the answer back.",
 };
+const SAME = "The same answer as before: a higher temperature, or another seed, in Settings gives others.";
 
 /** One turn; `draw()` shows what it has become. `acts`, {edit, again, look}, are what its buttons do. */
 export class TurnView {
@@ -57,12 +58,13 @@ export class TurnView {
 
   /** What is to be said of the answer beside its text. */
   said() {
-    const { state, answer, finish, reasoning } = this.turn;
+    const { state, answer, before, finish, reasoning } = this.turn;
     if (state === "waiting" && !reasoning) return [dots(), "Reading"];
     if (state === "stopped") return [answer ? "Stopped here." : "Stopped before the first word."];
     if (state !== "done") return [];
     if (!answer) return ["The model answered without a word."];
-    return ENDS[finish] ? [ENDS[finish]] : [];
+    const notes = [ENDS[finish], answer === before && SAME].filter(Boolean);
+    return notes.length ? [notes.join(" ")] : [];
   }
 
   buttons() {

@@ -55,8 +55,9 @@ class Driven:
         self.turn(number).locator(f".answer[data-state={state}]").wait_for()
 
     def set(self, **values: object) -> None:
+        """A temperature too, so that a random model says something."""
         self.page.click("#open-settings")
-        for name, value in values.items():
+        for name, value in {"temperature": 1, **values}.items():
             self.page.fill(f"#setting-{name}", str(value))
         self.page.get_by_role("button", name="Done").click()
 

@@ -76,7 +76,7 @@ def test_stop_keeps_what_was_written(driven: Driven, here: Running, pace: Callab
 
 
 def test_an_answer_is_drawn_again_and_a_question_changed(driven: Driven) -> None:
-    driven.set(max_tokens=6)
+    driven.set(max_tokens=6, seed=1)
     driven.attach(("shape.png", "image/png", picture(side=8)))
     driven.ask("first?")
     driven.ask("second?", 2)
@@ -84,6 +84,7 @@ def test_an_answer_is_drawn_again_and_a_question_changed(driven: Driven) -> None
     driven.turn(2).get_by_role("button", name="Regenerate").click()
     driven.ended(2, "done")
     assert driven.last == before and len(driven.asked) == 3
+    assert "The same answer as before" in driven.turn(2).inner_text(), "a seed draws it again"
     driven.turn(1).get_by_role("button", name="Edit").click()
     assert driven.page.input_value("#question") == "first?"
     assert driven.page.locator("#attachments img").count() == 1
@@ -149,8 +150,9 @@ def test_settings_are_kept_and_sent(driven: Driven) -> None:
     driven.set(temperature=9)
     driven.page.click("#open-settings")
     assert "A number from 0 to 2" in driven.page.locator("#setting-temperature-hint").inner_text()
-    driven.page.get_by_role("button", name="Clear all").click()
-    assert driven.page.input_value("#setting-top_k") == ""
+    driven.page.get_by_role("button", name="Defaults").click()
+    assert [driven.page.input_value(f"#setting-{name}") for name in ("top_k", "temperature")] == ["", "0"]
+    driven.page.fill("#setting-temperature", "")
     driven.page.keyboard.press("Escape")
     scripted(driven, events({"content": "four"}))
     driven.ask("what?", 2)
