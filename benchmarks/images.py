@@ -1,21 +1,18 @@
 """JPEG -> patches of the model's image tokenizer, against plain Pillow (decode, bicubic resize, crop, normalise).
 
-    OMP_NUM_THREADS=1 python benchmarks/images.py
+    OMP_NUM_THREADS=1 python benchmarks/images.py --clock cpu
 
-Process CPU time of one thread, alternatives in turn, median of the rounds. Both give 224 x 224 pixels; the project's
-patches stay uint8 for the encoder to normalise, which is counted here too.
+Both give 224 x 224 pixels; the project's patches stay uint8 for the encoder to normalise, which is counted here too.
 """
 
 from __future__ import annotations
 
-import argparse
 import io
-import statistics
-import time
-from collections.abc import Callable
+import sys
 
 import numpy as np
 import torch
+from common import Bench
 from PIL import Image
 
 from mm.datasets.decode import decode_image
@@ -59,32 +56,23 @@ SCALE = (1 / 255 / STD).expand(3, 14, 14).reshape(-1)
 SHIFT = (-MEAN / STD).expand(3, 14, 14).reshape(-1)
 
 
-def rate(function: Callable[[bytes], object], images: list[bytes]) -> float:
-    start = time.process_time()
-    for data in images:
-        function(data)
-    return len(images) / (time.process_time() - start)
+GOALS = {(1600, 1200): (2.5, 2.9), (500, 375): (2.0, 2.3)}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--images", type=int, default=8)
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    print("| JPEG | plain Pillow, images/s | here, images/s | ratio |\n| --- | --- | --- | --- |")
-    for width, height in ((1600, 1200), (500, 375)):
-        images = [photograph(width, height, seed) for seed in range(arguments.images)]
-        both = {name: [] for name in ("plain", "ours")}
-        for _ in range(arguments.rounds):
-            both["plain"].append(rate(plain, images))
-            both["ours"].append(rate(ours, images))
-        ratio = statistics.median(b / a for a, b in zip(both["plain"], both["ours"], strict=True))
-        one, other = (statistics.median(both[name]) for name in ("plain", "ours"))
-        print(
-            f"| {width}x{height}, {len(images[0]) // 1024} KiB | {one:.0f} | {other:.0f} | {ratio:.2f}x |", flush=True
-        )
+def main() -> int:
+    bench = Bench(__doc__, lambda parser: parser.add_argument("--images", type=int, default=8))
+    for (width, height), (floor, goal) in GOALS.items():
+        images = [photograph(width, height, seed) for seed in range(bench.args.images)]
+        calls = {run.__name__: lambda run=run, images=images: [run(data) for data in images] for run in (plain, ours)}
+        seconds = bench.times(calls)
+        taken, noise = seconds["ours"]
+        bench.add(
+            what=f"JPEG {width}x{height} -> 224, {len(images[0]) // 1024} KiB", run="mm", rate=len(images) / taken,
+            unit="images/s", noise=noise, peer="Pillow", ratio=seconds["plain"][0] / taken, judged="ratio",
+            floor=floor, goal=goal,
+        )  # fmt: skip
+    return bench.end()
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -34,6 +34,11 @@ class Places:
             torch.cat([self.branch_ids, more.branch_ids], 1),
         )
 
+    def of(self, row: int, start: int, end: int) -> Places:
+        """Those of one row, from `start` to `end`."""
+        here = slice(row, row + 1), slice(start, end)
+        return Places(self.index[here], self.document_ids[here], self.branch_ids[here])
+
     def keep(self, rows: Tensor) -> Places:
         """Those rows, in that order."""
         return Places(self.index[rows], self.document_ids[rows], self.branch_ids[rows])
@@ -58,6 +63,16 @@ class Layout:
     def of(sequence: Sequence, past: Places | None = None) -> Layout:
         here = Places(sequence.index, sequence.document_ids, sequence.branch_ids)
         return Layout(here, past.append(here) if past else here, sequence.positions, sequence.cross)
+
+    def block(self, row: int, start: int, end: int, first: int, keep: bool) -> Layout:
+        """Of one row the queries from `start` to `end`, and the keys from `first` up to the last of them; with `keep`
+        the same for all layers, and with it the masks that they make of it."""
+
+        def make() -> Layout:
+            queries, keys = self.queries.of(row, start, end), self.keys.of(row, first, self.offset + end)
+            return Layout(queries, keys, self.positions[row : row + 1, start:end])
+
+        return self.remember(("block", row, start, end, first), make) if keep else make()
 
     @property
     def offset(self) -> int:
@@ -129,6 +144,11 @@ class Layout:
             return longest.gather(1, q)
 
         return self.remember("document_lengths", make)
+
+    def is_padding(self, row: int, column: int) -> bool:
+        """Whether a query stands in no document."""
+        ids = self.remember("document ids", self.queries.document_ids.tolist)
+        return ids[row][column] == 0
 
     def documents(self) -> list[tuple[int, int, int]]:
         """(row, start, end) of every run of equal document ids, padding included, in raster order."""

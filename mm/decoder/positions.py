@@ -1,6 +1,6 @@
 """Positions for attention: rotary over one axis or several, ALiBi, and both mixed over heads.
 
-A scheme belongs to a mixer and holds no parameters. `rotate` turns queries and keys; `bias` is added to the scores. The
+A scheme belongs to a mixer and holds no parameters. `rotate` turns queries and keys; `slopes` lower the scores. The
 position embeddings that are added to the stream once (learned, sinusoidal) are in embedding.py.
 """
 
@@ -26,8 +26,8 @@ class Positions(Protocol):
         """q (B, T, H, d) and the new keys k (B, T, G, d), both at the layout's query places -> the same shapes."""
         ...
 
-    def bias(self, layout: Layout, heads: int) -> Tensor | None:
-        """(B, H, T, S) float32 for the scores, -inf where a query does not see a key; or None."""
+    def slopes(self, heads: int, device: torch.device) -> Tensor | None:
+        """(H,) float32: how much a head's score falls with each place between query and key; or None."""
         ...
 
     def shift(self, k: Tensor, by: Tensor) -> Tensor:
@@ -140,7 +140,7 @@ class Rotary:
         turned_q, turned_k = self.turn(torch.cat([q, k], 2), layout).split([q.shape[2], k.shape[2]], 2)
         return turned_q, turned_k
 
-    def bias(self, layout: Layout, heads: int) -> Tensor | None:
+    def slopes(self, heads: int, device: torch.device) -> Tensor | None:
         return None
 
 
@@ -159,9 +159,8 @@ class Alibi:
     def shift(self, k: Tensor, by: Tensor) -> Tensor:
         return k  # the layout says where they stand
 
-    def bias(self, layout: Layout, heads: int) -> Tensor:
-        slopes = tuple(alibi_slopes(heads, self.max_bias))
-        return layout.remember(("alibi", slopes), lambda: linear_bias(layout, slopes))
+    def slopes(self, heads: int, device: torch.device) -> Tensor:
+        return torch.tensor(alibi_slopes(heads, self.max_bias), device=device)
 
 
 @dataclass(frozen=True)
@@ -194,16 +193,9 @@ class RotaryAlibi:
     def shift(self, k: Tensor, by: Tensor) -> Tensor:
         raise ValueError("keys cannot be moved on: which of RotaryAlibi's turn is known with the queries only")
 
-    def bias(self, layout: Layout, heads: int) -> Tensor:
-        slopes = (0.0,) * self.rotary_heads + tuple(alibi_slopes(heads - self.rotary_heads, self.alibi.max_bias))
-        return layout.remember(("alibi", slopes), lambda: linear_bias(layout, slopes))
-
-
-def linear_bias(layout: Layout, slopes: tuple[float, ...]) -> Tensor:
-    """(B, H, T, S) float32: -slope_h * (query's place - key's place), -inf where a query does not see a key."""
-    distance = layout.queries.index[:, :, None] - layout.keys.index[:, None, :]
-    slope = torch.tensor(slopes, device=distance.device)[None, :, None, None]
-    return (-slope * distance[:, None].float()).masked_fill(~layout.mask(), float("-inf"))
+    def slopes(self, heads: int, device: torch.device) -> Tensor:
+        without = torch.zeros(self.rotary_heads, device=device)
+        return torch.cat([without, self.alibi.slopes(heads - self.rotary_heads, device)])
 
 
 def alibi_slopes(heads: int, max_bias: float = 8.0) -> list[float]:

@@ -110,7 +110,7 @@ def attention(
     *,
     scale: float,
     window: Window | None = None,
-    bias: Tensor | None = None,
+    slopes: Tensor | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
@@ -123,8 +123,8 @@ def attention(
         scores = (q[:, rows, head] @ k[:, :, head // share].transpose(1, 2)).float() * scale
         if softcap is not None:
             scores = softcap * (scores / softcap).tanh()
-        if bias is not None:
-            scores = scores + bias.expand(-1, heads, -1, -1)[:, head, rows].float()
+        if slopes is not None:
+            scores = scores - slopes[head] * (layout.queries.index[:, rows, None] - layout.keys.index[:, None])
         scores = scores.masked_fill(~mask, float("-inf"))
         if sinks is not None:
             sink = sinks[head].float().expand(*scores.shape[:2], 1)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from rich import box
@@ -14,6 +16,7 @@ from rich.text import Text
 from mm.arguments import Parser
 from mm.info.counting import HOW_COUNTED, KEYS, Info, describe
 from mm.info.memory import BYTES, Memory
+from mm.info.plan import GPUS, NODE, ROWS, STAGES, Plan, plan
 from mm.info.source import build_meta
 
 
@@ -88,6 +91,37 @@ def _memory(memory: Memory) -> Table:
     return table
 
 
+def render_plan(found: Plan, context: int) -> Table:
+    title = f"on {found.gpus:,} x {found.gpu.upper()}, on paper: {found.mfu:.0%} of their FLOP/s assumed"
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_header=False, title=title, title_justify="left")
+    wire = "within a machine" if found.gpus <= NODE else "between machines"
+    fewest = "one row alone is too large" if found.fewest is None else f"fits on {found.fewest:,} or more"
+    table.add_row("training", f"{count(found.tokens)} tokens", f"{found.flops:.2e} FLOPs")
+    table.add_row("time", _duration(found.seconds), f"{found.gpu_hours:,.0f} GPU-hours")
+    table.add_row("memory, a share of the states", size(int(found.memory_states)), "ZeRO-3")
+    table.add_row("memory, a row", size(int(found.memory_row)), f"{'fits' if found.fits else 'TOO MUCH'}; {fewest}")
+    table.add_row("moved a step, weights", size(int(found.moved_weights)), "a GPU, two gathers and a scatter")
+    if found.moved_tokens:
+        table.add_row("moved a step, tokens", size(int(found.moved_tokens)), "a GPU, to experts and back")
+    table.add_row("a step of one row, computing", _duration(found.step_compute), f"{context:,} tokens")
+    table.add_row("a step of one row, moving", _duration(found.step_moving), wire)
+    table.add_row("moving hides behind", f"{count(found.hidden)} tokens", "a GPU and step, or more")
+    table.add_row("pipeline bubble", f"{found.bubble:.0%}", f"{STAGES} stages, {ROWS} rows")
+    table.add_row("expected loss", f"{found.loss:.3f}", "nats a token; dense models on English web text")
+    table.add_row(
+        "best use of these FLOPs", f"{count(found.optimal_weights)} weights", f"{count(found.optimal_tokens)} tokens"
+    )
+    table.add_row("largest useful batch", f"{count(found.critical_batch)} tokens", "at that loss")
+    return table
+
+
+def _duration(seconds: float) -> str:
+    for limit, unit in ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes")):
+        if seconds >= 2 * limit:
+            return f"{seconds / limit:,.1f} {unit}"
+    return f"{seconds:.1f} s" if seconds >= 1 else f"{1e3 * seconds:.1f} ms"
+
+
 def _blank_zero(number: int) -> str:
     return count(number) if number else "-"
 
@@ -108,12 +142,22 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--vocab-size", type=int, metavar="N", help="count with this vocabulary, not the tokenizer's")
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="rows of a training step (default: 1)")
     parser.add_argument("--precision", choices=list(BYTES), default="bf16-mixed", metavar="P", help=precisions)
+    parser.add_argument("--plan", type=int, metavar="GPUS", help="also what training on so many would cost, on paper")
+    parser.add_argument("--gpu", choices=list(GPUS), default="h200", help="which, for --plan (%(default)s)")
+    parser.add_argument("--mfu", type=float, default=0.4, metavar="S", help="share of its FLOP/s (%(default)s)")
+    parser.add_argument("--tokens", type=float, metavar="N", help="to train on (default: 20 for each active weight)")
     parser.add_argument("--json", action="store_true", help="print JSON, exact numbers")
     options = parser.parse_args(argv)
     model = build_meta(options.model, options.vocab_size)
     info = describe(model, options.context, options.cache_bytes, options.batch, options.precision)
+    found = None
+    if options.plan is not None:
+        found = plan(model, info, options.plan, options.gpu, options.mfu, options.tokens)
     if options.json:
-        print(info.to_json())
+        more = {} if found is None else {"plan": asdict(found)}
+        print(json.dumps(json.loads(info.to_json()) | more, indent=2))
     else:
         Console().print(render(info))
+        if found is not None:
+            Console().print(render_plan(found, info.context))
     return 0

@@ -1,4 +1,4 @@
-"""Attention backends against the formula in a plain loop: caps, sinks, biases, windows, patterns, mixed."""
+"""Attention backends against the formula in a plain loop: caps, sinks, slopes, windows, patterns, mixed."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def in_window(window, distance: int, key: int) -> bool:
     return distance < window.local or far or key < window.always
 
 
-def by_loop(q, k, v, lay: Layout, scale, window=None, bias=None, softcap=None, sinks=None) -> Tensor:
+def by_loop(q, k, v, lay: Layout, scale, window=None, slopes=None, softcap=None, sinks=None) -> Tensor:
     """One query after another, its keys found one by one from the rules; all heads of a query at once."""
     out = []
     a, b = lay.queries, lay.keys
@@ -58,7 +58,8 @@ def by_loop(q, k, v, lay: Layout, scale, window=None, bias=None, softcap=None, s
             keys, values = (x[row, columns][:, [h // (H // G) for h in range(H)]] for x in (k, v))  # (seen, H, ...)
             scores = (q[row, t] * keys).sum(-1) * scale  # (seen, H)
             scores = softcap * torch.tanh(scores / softcap) if softcap else scores
-            scores = scores + bias[row, :, t, columns].t() if bias is not None else scores
+            if slopes is not None:
+                scores = scores - slopes * (a.index[row, t] - b.index[row, columns])[:, None]
             if sinks is not None:
                 scores = torch.cat([scores, sinks[None]])
             weights = scores.softmax(0)[: len(columns)]
@@ -81,15 +82,22 @@ def inputs(lay: Layout, requires_grad: bool = False) -> list[Tensor]:
         ("sdpa", 0, ""),
         ("sdpa", 0, "cap"),
         ("sdpa", 0, "sinks"),
-        ("sdpa", 0, "bias"),
-        ("sdpa", 0, "cap sinks bias"),
+        ("sdpa", 0, "slopes"),
+        ("sdpa", 0, "cap sinks slopes"),
         ("sdpa", 10, ""),
-        ("sdpa", 10, "cap sinks bias"),
+        ("sdpa", 10, "cap sinks slopes"),
         ("flex", 0, "sinks"),
-        ("flex", 10, "cap sinks bias"),
+        ("flex", 10, "cap sinks slopes"),
+        ("blocks", 0, ""),
+        ("blocks", 0, "cap sinks slopes"),
+        ("blocks", 4, ""),
+        ("blocks", 4, "cap sinks slopes"),
     ],
 )
-def test_backends_are_the_formula(backend, past, options, window):
+def test_backends_are_the_formula(backend, past, options, window, monkeypatch):
+    if backend == "blocks":  # what long rows take
+        monkeypatch.setattr(sdpa, "BLOCK", 4)
+        backend = "sdpa"
     lay = layout(past)
     q, k, v = inputs(lay)
     given: dict[str, Any] = {"scale": 0.7, "window": WINDOWS[window]}
@@ -97,31 +105,44 @@ def test_backends_are_the_formula(backend, past, options, window):
         given["softcap"] = 1.5
     if "sinks" in options:
         given["sinks"] = torch.randn(H)
-    if "bias" in options:
-        noise = torch.randn(2, H, q.shape[1], k.shape[1])
-        given["bias"] = noise.masked_fill(~lay.mask(), float("-inf"))
+    if "slopes" in options:
+        given["slopes"] = torch.rand(H)
     expected = by_loop(q, k, v, lay, **given)
     with torch.no_grad():
         y = BACKENDS[backend](q, k, v, lay, **given)
     assert y.shape == (2, q.shape[1], H, E)
+    real = lay.queries.document_ids > 0
+    y, expected = y[real], expected[real]
     torch.testing.assert_close(y, expected, atol=1e-5, rtol=1e-5)  # the softmax may be float32
 
 
-def test_gradients_through_caps_and_sinks_are_the_formulas():
+@pytest.mark.parametrize("block", [512, 4])
+@pytest.mark.parametrize("branches", [True, False])
+@pytest.mark.parametrize("window", [None, 3, StreamingSinks(1, 2)])
+@pytest.mark.parametrize("options", ["", "softcap sinks", "slopes"])
+def test_gradients_are_the_formulas(block, branches, window, options, monkeypatch):
+    monkeypatch.setattr(sdpa, "BLOCK", block)
     lay, sinks = layout(), torch.randn(H, dtype=torch.float64, requires_grad=True)
+    if not branches:
+        lay.keys.branch_ids.zero_()
+        lay.keys.index[1, 3:] = torch.arange(9)
+    given: dict[str, Any] = {"scale": 0.7, "window": window}
+    given |= {"softcap": 1.5, "sinks": sinks} if "sinks" in options else {}
+    given |= {"slopes": torch.rand(H)} if "slopes" in options else {}
+    real = lay.queries.document_ids > 0
     grads = []
     for compute in (sdpa.attend, by_loop):
         q, k, v = inputs(lay, requires_grad=True)
         sinks.grad = None
-        compute(q, k, v, lay, scale=0.7, window=3, softcap=1.5, sinks=sinks).square().sum().backward()
-        grads.append([q.grad, k.grad, v.grad, sinks.grad])
+        compute(q, k, v, lay, **given)[real].square().sum().backward()
+        grads.append([x.grad for x in ((q, k, v, sinks) if "sinks" in options else (q, k, v))])
     for ours, loop in zip(*grads, strict=True):
         assert loop.abs().max() > 1e-3
         torch.testing.assert_close(ours, loop, atol=1e-4, rtol=1e-4)
 
 
 def test_long_rows_by_document_take_values_of_another_width(monkeypatch):
-    monkeypatch.setattr(sdpa, "LOOP_FROM", 4)
+    monkeypatch.setattr(sdpa, "BLOCK", 4)
     lay = layout()
     lay.keys.branch_ids.zero_()  # branches take the mask
     for grad in (False, True):
@@ -161,7 +182,7 @@ def test_what_a_backend_cannot_express_is_refused_by_name():
     refused: list[tuple[dict[str, Any], str]] = [
         ({"sinks": torch.zeros(H)}, "sinks"),
         ({"window": LocalGlobal()}, "a sparse pattern"),
-        ({"bias": torch.zeros(1)}, "a score bias"),
+        ({"slopes": torch.zeros(1)}, "slopes"),
         ({}, "branches"),
     ]
     for given, what in refused:

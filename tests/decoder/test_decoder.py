@@ -89,7 +89,7 @@ def test_documents_one_by_one_equal_one_mask(monkeypatch):
     ]
     decoder = tiny_decoder().eval()
     one_by_one = run(decoder, text(*rows))[0]
-    monkeypatch.setattr(sdpa, "LOOP_FROM", 10**9)
+    monkeypatch.setattr(sdpa, "BLOCK", 10**9)
     close(one_by_one[:, :560], run(decoder, text(*rows))[0][:, :560])
 
 

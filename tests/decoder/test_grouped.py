@@ -276,7 +276,7 @@ def test_a_long_row_that_is_read_again_is_one_document(monkeypatch):
     """Its padding lay between the prompt and what was decoded; long rows are attended to document by document."""
     from mm.decoder.attention.backends import sdpa
 
-    monkeypatch.setattr(sdpa, "LOOP_FROM", 2)
+    monkeypatch.setattr(sdpa, "BLOCK", 2)
     decoder = made(PUBLISHED["longrope_in_one_of_two"]).eval()
     cache = decoder.new_cache()
     run(decoder, [[5, 6, 7, 8], [9, 10, 0, 0]], cache)

@@ -146,11 +146,9 @@ def test_slopes_are_blooms_and_mpts(heads):
     )
 
 
-def test_alibi_is_minus_slope_times_distance_where_a_key_is_seen():
-    bias = Alibi().bias(layout_of(torch.tensor([[0, 1, 2, 0]]), torch.tensor([[1, 1, 1, 2]])), 2)
-    assert bias.shape == (1, 2, 4, 4)
-    assert bias[0, 0, 2, 0] == -2 * 2**-4 and bias[0, 1, 2, 1] == -(2**-8)
-    assert torch.isinf(bias[0, 0, 0, 1]) and torch.isinf(bias[0, 0, 3, 2]) and bias[0, 0, 3, 3] == 0
+def test_a_mixtures_rotary_heads_have_no_slope():
+    assert Alibi().slopes(2, torch.device("cpu")).tolist() == [2**-4, 2**-8]
+    assert RotaryAlibi(4).slopes(6, torch.device("cpu")).tolist() == [0, 0, 0, 0, 2**-4, 2**-8]
 
 
 def test_a_mixture_is_rotary_in_its_first_heads_and_alibi_in_the_rest():

@@ -117,8 +117,10 @@ def written_out(mixer: GroupedAttention, x, layout) -> torch.Tensor:
     scores = torch.einsum("bthd,bshd->bhts", q, k) * mixer.scale
     if mixer.softcap is not None:
         scores = mixer.softcap * torch.tanh(scores / mixer.softcap)
-    if mixer.positions is not None and (bias := mixer.positions.bias(layout, mixer.heads)) is not None:
-        scores = scores + bias
+    slopes = None if mixer.positions is None else mixer.positions.slopes(mixer.heads, scores.device)
+    if slopes is not None:
+        distance = layout.queries.index[:, :, None] - layout.keys.index[:, None]
+        scores = scores - slopes[:, None, None] * distance[:, None]
     length = x.shape[1]
     places = torch.arange(length)
     seen = places[None] <= places[:, None]

@@ -131,7 +131,7 @@ class GroupedAttention(nn.Module):
             layout,
             scale=self.scale,
             window=window,
-            bias=None if self.positions is None else self.positions.bias(layout, self.heads),
+            slopes=None if self.positions is None else self.positions.slopes(self.heads, q.device),
             softcap=self.softcap,
             sinks=self.sinks,
         )

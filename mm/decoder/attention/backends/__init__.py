@@ -1,10 +1,11 @@
 """Attention backends: one signature, `attend(q, k, v, layout, options)`, and several ways to compute it.
 
-    attend(q (B, T, H, d), k (B, S, G, d), v (B, S, G, e), layout, *, scale, window=None, bias=None, softcap=None,
+    attend(q (B, T, H, d), k (B, S, G, d), v (B, S, G, e), layout, *, scale, window=None, slopes=None, softcap=None,
            sinks=None) -> (B, T, H, e)
 
-H is a multiple of G, the layout says who sees whom. scores = softcap(scale * q k^T) + bias; `sinks` (H,) are logits
-that join each softmax's denominator. A backend refuses what it cannot express, naming it; none falls back to another.
+H is a multiple of G, the layout says who sees whom. scores = softcap(scale * q k^T) - slopes * distance, with `slopes`
+(H,) float32 (ALiBi); `sinks` (H,) are logits that join each softmax's denominator. A backend refuses what it cannot
+express, naming it; none falls back to another.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class Attend(Protocol):
         *,
         scale: float,
         window: Window | None = None,
-        bias: Tensor | None = None,
+        slopes: Tensor | None = None,
         softcap: float | None = None,
         sinks: Tensor | None = None,
     ) -> Tensor: ...

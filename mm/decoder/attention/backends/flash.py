@@ -17,17 +17,17 @@ def attend(
     *,
     scale: float,
     window: Window | None = None,
-    bias: Tensor | None = None,
+    slopes: Tensor | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
     """As sdpa.attend, for float16/bfloat16 on a GPU. Source: Dao 2023, arXiv 2307.08691 (variable-length form).
 
-    Raises ValueError for what the kernel cannot express: score biases, sinks, sparse patterns, branches, and cached
+    Raises ValueError for what the kernel cannot express: slopes, sinks, sparse patterns, branches, and cached
     decoding.
     """
     refused = {
-        "a score bias": bias is not None,
+        "slopes": slopes is not None,
         "sinks": sinks is not None,
         "a sparse pattern": window is not None and not isinstance(window, int),
         "branches": layout.has_branches,

@@ -25,7 +25,7 @@ def attend(
     *,
     scale: float,
     window: Window | None = None,
-    bias: Tensor | None = None,
+    slopes: Tensor | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
@@ -36,30 +36,32 @@ def attend(
     if not q.is_cuda and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         raise ValueError("attention backend 'flex' has no backward pass on a CPU; set backend: sdpa")
     kernel: Any = _compiled() if q.is_cuda else flex_attention
-    y, aux = kernel(
+    y = kernel(
         q.transpose(1, 2),
         k.transpose(1, 2),
         v.transpose(1, 2),
-        score_mod=_score_mod(bias, softcap),
+        score_mod=_score_mod(layout, slopes, softcap),
         block_mask=layout.remember(("flex", window), lambda: _block_mask(layout, window)),
         scale=scale,
         enable_gqa=q.shape[2] != k.shape[2],
-        return_aux=AuxRequest(lse=True),
+        return_aux=None if sinks is None else AuxRequest(lse=True),  # compiled for a CPU it can say none
     )
     if sinks is not None:
+        y, aux = y
         # exp(sink) more in the denominator: sum / (sum + exp(sink)) = sigmoid(log(sum) - sink)
         y = y * (aux.lse - sinks.float()[:, None]).sigmoid()[..., None].to(y.dtype)
     return y.transpose(1, 2)
 
 
-def _score_mod(bias: Tensor | None, softcap: float | None) -> Callable[..., Tensor] | None:
-    if bias is None and softcap is None:
+def _score_mod(layout: Layout, slopes: Tensor | None, softcap: float | None) -> Callable[..., Tensor] | None:
+    if slopes is None and softcap is None:
         return None
+    queries, keys = layout.queries.index, layout.keys.index
 
     def change(score: Tensor, row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         if softcap is not None:
             score = softcap * torch.tanh(score / softcap)
-        return score if bias is None else score + bias[row, head, query, key]
+        return score if slopes is None else score - slopes[head] * (queries[row, query] - keys[row, key])
 
     return change
 

@@ -5,15 +5,17 @@ Runs everywhere, and is what the other backends are tested against.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from mm.decoder.attention.windows import Window
 from mm.decoder.layout import Layout
 
-# Below this length one masked call beats a Python loop over documents (benchmarks/attention.py).
-LOOP_FROM = 512
+BLOCK = 512  # queries of a call that needs a mask, which is BLOCK x S, or with a window BLOCK x (BLOCK + window)
 
 
 def attend(
@@ -24,28 +26,24 @@ def attend(
     *,
     scale: float,
     window: Window | None = None,
-    bias: Tensor | None = None,
+    slopes: Tensor | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """q (B, T, H, d), k (B, S, G, d) and v (B, S, G, e) with H a multiple of G -> (B, T, H, e).
+    """q (B, T, H, d), k (B, S, G, d) and v (B, S, G, e) with H a multiple of G -> (B, T, H, e); 0 at padding of long
+    rows.
 
-    Packed documents without branches, cache or window are attended to one by one once rows are long; short rows and
-    everything else take one call with a mask, made once a forward pass. Soft caps and sinks write the scores out.
+    One document a row takes one causal call, as do packed documents of long rows, one by one. All else needs a mask,
+    made once a forward pass; for long rows it is made of blocks, so that none of T x S is ever held. Soft caps and
+    sinks write the scores out.
     """
-    if softcap is not None or sinks is not None:
-        return _written_out(q, k, v, layout.mask(window), bias, scale, softcap, sinks)
-    if bias is not None:
-        if window is not None:
-            bias = bias.masked_fill(~layout.mask(window), float("-inf"))
-        return _sdpa(q, k, v, bias.to(q.dtype), False, scale)
-    if window is not None:
-        return _sdpa(q, k, v, layout.mask(window), False, scale)
-    if layout.is_plain_causal:
+    plain = window is None and slopes is None and softcap is None and sinks is None
+    if plain and layout.is_plain_causal:
         return _sdpa(q, k, v, None, True, scale)
-    if layout.offset == 0 and not layout.has_branches and layout.keys.index.shape[1] >= LOOP_FROM:
-        return _by_document(q, k, v, layout, scale)
-    return _sdpa(q, k, v, layout.mask(), False, scale)
+    options = {"scale": scale, "window": window, "slopes": slopes, "softcap": softcap, "sinks": sinks}
+    if q.shape[1] < BLOCK:
+        return _masked(q, k, v, layout, **options)
+    return _in_blocks(q, k, v, layout, plain and layout.offset == 0 and not layout.has_branches, options)
 
 
 def attend_rows(q: Tensor, keys: list[Tensor], values: list[Tensor], scale: float) -> Tensor:
@@ -60,18 +58,61 @@ def attend_rows(q: Tensor, keys: list[Tensor], values: list[Tensor], scale: floa
     return torch.cat(parts).flatten(1, 2)[:, None]
 
 
-def _by_document(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> Tensor:
-    out = None if torch.is_grad_enabled() else q.new_empty(*q.shape[:-1], v.shape[-1])
-    parts = []
-    for row, start, end in layout.documents():
-        part = _sdpa(
-            q[row : row + 1, start:end], k[row : row + 1, start:end], v[row : row + 1, start:end], None, True, scale
-        )
-        if out is None:
-            parts.append(part)
-        else:
-            out[row, start:end] = part[0]
-    return torch.cat(parts, 1).view(*q.shape[:-1], v.shape[-1]) if out is None else out
+def _in_blocks(q: Tensor, k: Tensor, v: Tensor, layout: Layout, plain: bool, options: dict[str, Any]) -> Tensor:
+    """Row by row, document by document, and where a document needs a mask, BLOCK queries at a time."""
+    length, offset = q.shape[1], layout.offset
+    window = options["window"]
+    # Of a document without branches, a window's keys are the columns before the query. With a cache they need not be.
+    near = window if isinstance(window, int) and offset == 0 and not layout.has_branches else None
+    step = BLOCK if near is None else min(BLOCK, max(128, near))
+    spans = layout.documents() if offset == 0 else [(row, 0, length) for row in range(len(q))]
+    keeps_scores = options["softcap"] is not None or options["sinks"] is not None
+    parts: list[Tensor] = []
+    for row, start, end in spans:
+        here = slice(row, row + 1)
+        if offset == 0 and layout.is_padding(row, start):
+            parts.append(q.new_zeros(1, end - start, q.shape[2], v.shape[3]))
+            continue
+        if plain:
+            document = (part[here, start:end] for part in (q, k, v))
+            parts.append(_sdpa(*document, None, True, options["scale"]))
+            continue
+        for a in range(start, end, step):
+            b = min(a + step, end)
+            first = 0 if offset else start if near is None else max(start, a - near + 1)
+            block = layout.block(row, a, b, first, keep=near is not None)  # all blocks together would be T x S / 2
+            given = q[here, a:b], k[here, first : offset + b], v[here, first : offset + b], block
+            if keeps_scores and torch.is_grad_enabled():  # they would be kept for the backward pass, of all blocks
+                parts.append(checkpoint(_masked, *given, use_reentrant=False, **options))  # type: ignore[arg-type]
+            else:
+                parts.append(_masked(*given, **options))
+    return torch.cat(parts, 1).view(*q.shape[:-1], v.shape[-1])
+
+
+def _masked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: Layout,
+    scale: float,
+    window: Window | None,
+    slopes: Tensor | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    mask = layout.mask(window)
+    bias = None if slopes is None else _bias(layout, slopes)
+    if softcap is not None or sinks is not None:
+        return _written_out(q, k, v, mask, bias, scale, softcap, sinks)
+    if bias is not None:
+        return _sdpa(q, k, v, bias.masked_fill(~mask, float("-inf")).to(q.dtype), False, scale)
+    return _sdpa(q, k, v, mask, False, scale)
+
+
+def _bias(layout: Layout, slopes: Tensor) -> Tensor:
+    """(B, H, T, S) float32: -slope_h * (query's place - key's place)."""
+    distance = layout.queries.index[:, :, None] - layout.keys.index[:, None, :]
+    return -slopes[None, :, None, None] * distance[:, None]
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:

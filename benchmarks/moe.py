@@ -1,0 +1,105 @@
+"""An expert layer, forward and backward: `mm`'s against transformers' on the same weights, and against a dense layer.
+
+    OMP_NUM_THREADS=1 python benchmarks/moe.py --clock cpu
+
+The dense layer is a SwiGLU of the active width: as many FLOPs a token, and no routing; the share of its rate is what
+dispatch leaves. Values and gradients are compared with transformers' eager loop before anything is timed.
+"""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from typing import Any
+
+import torch
+from common import Bench, has_bfloat16
+from torch import Tensor, nn
+from transformers import Qwen3MoeConfig
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
+
+from mm.decoder.ffn.dense import GatedFFN
+from mm.decoder.ffn.moe import SparseMoE
+
+WIDTH, HIDDEN = 512, 512
+# experts, chosen, tokens, dtype -> floor and goal against grouped_mm, against eager, of the dense layer's rate
+Goals = tuple[float, float] | None
+CASES: list[tuple[int, int, int, torch.dtype, Goals, Goals, Goals]] = [
+    (64, 8, 512, torch.float32, (1.2, 1.6), (10, 20), None),
+    (32, 2, 4096, torch.float32, (1.2, 1.6), None, None),
+    (8, 2, 4096, torch.float32, None, None, None),
+    (8, 2, 4096, torch.bfloat16, None, None, (0.75, 0.85)),
+    (64, 8, 512, torch.bfloat16, None, None, (0.55, 0.65)),
+]
+
+
+def theirs(experts: int, chosen: int, implementation: str) -> nn.Module:
+    config: Any = Qwen3MoeConfig(
+        hidden_size=WIDTH, moe_intermediate_size=HIDDEN, num_experts=experts, num_experts_per_tok=chosen,
+        norm_topk_prob=True,
+    )  # fmt: skip
+    config._experts_implementation = implementation
+    torch.manual_seed(0)
+    block = Qwen3MoeSparseMoeBlock(config)
+    for parameter in block.parameters():
+        nn.init.normal_(parameter, std=0.02)
+    return block
+
+
+def ours(block: Any, experts: int, chosen: int) -> SparseMoE:
+    """With the block's weights."""
+    layer = SparseMoE(WIDTH, HIDDEN, experts, chosen)
+    with torch.no_grad():
+        layer.router.weight.copy_(block.gate.weight)
+        layer.experts.get_parameter("gate_up").copy_(block.experts.gate_up_proj)
+        layer.experts.down.copy_(block.experts.down_proj)
+    return layer
+
+
+def run(layer: nn.Module, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """The layer's output and its input's gradient; gradients of weights are thrown away, as an optimizer would."""
+    x = x.clone().requires_grad_()
+    out = layer(x, torch.ones(x.shape[:2], dtype=torch.bool))[0] if isinstance(layer, SparseMoE) else layer(x)
+    out.backward(grad)
+    for parameter in layer.parameters():
+        parameter.grad = None
+    assert x.grad is not None
+    return out.detach(), x.grad
+
+
+def main() -> int:
+    bench = Bench(__doc__)
+    native = has_bfloat16()
+    for experts, chosen, tokens, dtype, grouped, eager, dense in CASES:
+        block = theirs(experts, chosen, "eager")
+        layers: dict[str, nn.Module] = {
+            "transformers eager": block,
+            "transformers grouped_mm": theirs(experts, chosen, "grouped_mm"),
+            "mm": ours(block, experts, chosen),
+            "dense": GatedFFN(WIDTH, chosen * HIDDEN),
+        }
+        x, grad = torch.randn(1, tokens, WIDTH, dtype=dtype), torch.randn(1, tokens, WIDTH, dtype=dtype)
+        calls = {name: partial(run, layer.to(dtype), x, grad) for name, layer in layers.items()}
+        for found, wanted in zip(calls["mm"](), calls["transformers eager"](), strict=True):
+            tolerance = 1e-4 if dtype == torch.float32 else 0.05  # of their largest; sums are in another order
+            torch.testing.assert_close(found, wanted, rtol=0, atol=tolerance * float(wanted.abs().max()))
+        seconds = bench.times(calls)
+        what = f"E{experts} k{chosen} T{tokens} {str(dtype).removeprefix('torch.')}"
+        judged = dtype == torch.float32 or native
+        mine, noise = seconds["mm"]
+        flops = 3 * tokens * chosen * 6 * WIDTH * HIDDEN
+        base = {"what": what, "run": "mm", "rate": flops / mine / 1e9, "unit": "GFLOP/s", "noise": noise}
+        for peer, goals in (("transformers grouped_mm", grouped), ("transformers eager", eager)):
+            floor, goal = goals if goals and judged else (None, None)
+            ratio = seconds[peer][0] / mine
+            bench.add(**base, peer=peer, ratio=ratio, judged="ratio", floor=floor, goal=goal)
+        floor, goal = dense if dense and judged else (None, None)
+        share = seconds["dense"][0] / mine
+        bench.add(**base, limit="the dense layer", share=share, judged="share", floor=floor, goal=goal)
+    if not native:
+        bench.note("this processor has no bfloat16: what is in it is not judged")
+    return bench.end()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,118 @@
+"""Every speed figure that has a floor: `make bench` runs them, `make bench-check` compares them with those of before.
+
+    python benchmarks/suite.py [NAME ...] [--clock cpu --threads 1] [--check]
+
+Each benchmark is a script of its own, run one after the other, whose figures are kept in benchmarks/results/NAME.json;
+the table "Speed" of benchmarks/RESULTS.md is made of those files. --check writes nothing: it runs them again and fails
+where a ratio, or a share of a limit, has fallen by more than its noise and TOLERANCE. Ratios are compared, never times.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from common import HEAD, Row, line
+
+HERE = Path(__file__).resolve().parent
+RESULTS, KEPT = HERE / "RESULTS.md", HERE / "results"
+BEGIN, END = "<!-- made by benchmarks/suite.py: begin -->", "<!-- made by benchmarks/suite.py: end -->"
+TOLERANCE = 0.1  # of the ratio, beside the noise of both runs: what two runs of one tree differ by on a shared machine
+SUITE: dict[str, list[str]] = {
+    "machine": [],
+    "moe": ["--repeats", "5"],
+    "attention": ["--repeats", "3"],
+    "decode": ["--repeats", "5", "--caches", "static"],
+    "train_step": ["--repeats", "5"],
+    "images": [],
+    "reading": ["--repeats", "5"],
+    "packing": ["--samples-per-batch", "32", "128"],
+}
+
+
+def run(name: str, clock: list[str], to: Path) -> dict[str, Any] | None:
+    """The figures of one benchmark, or None if it did not end."""
+    print(f"\n## {name}", flush=True)
+    file = to / f"{name}.json"
+    subprocess.run([sys.executable, HERE / f"{name}.py", *SUITE[name], *clock, "--json", file], check=False)
+    return json.loads(file.read_text()) if file.exists() else None
+
+
+def fallen(new: dict[str, Any], old: dict[str, Any]) -> list[str]:
+    """What is slower than it was, against the same peer or limit. A figure that is gone counts too."""
+    found = {_key(row): Row(**row) for row in new["rows"]}
+    complaints = []
+    for row in old["rows"]:
+        before, now = Row(**row), found.get(_key(row))
+        if before.found is None:
+            continue
+        if now is None or now.found is None:
+            complaints.append(f"{before.what}, {before.run}: no figure any more")
+            continue
+        allowed = TOLERANCE + before.noise + now.noise
+        if now.found < before.found * (1 - allowed):
+            complaints.append(
+                f"{now.what}, {now.run}: {before.judged} {before.found:.2f} -> {now.found:.2f}, more than {allowed:.0%}"
+            )
+    return complaints
+
+
+def _key(row: dict[str, Any]) -> tuple[str, ...]:
+    return row["what"], row["run"], row["peer"], row["limit"]
+
+
+def write_table() -> None:
+    """Makes the table of RESULTS.md anew from all figures that are kept."""
+    parts = []
+    for name in SUITE:
+        if not (file := KEPT / f"{name}.json").exists():
+            continue
+        kept = json.loads(file.read_text())
+        about = ", ".join(f"{key} {value}" for key, value in kept["about"].items())
+        rows = "\n".join(line(Row(**row)) for row in kept["rows"])
+        parts.append(f"### {name} (`benchmarks/{name}.py`)\n\n{about}\n\n{HEAD}\n{rows}\n")
+    text = RESULTS.read_text(encoding="utf-8")
+    before, _, rest = text.partition(BEGIN)
+    after = rest.partition(END)[2]
+    RESULTS.write_text(f"{before}{BEGIN}\n\n" + "\n".join(parts) + f"\n{END}{after}", encoding="utf-8")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(SUITE)} (default: all)")
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
+    parser.add_argument("--threads", metavar="N")
+    parser.add_argument("--check", action="store_true", help="compare with the figures that are kept")
+    args = parser.parse_args()
+    if unknown := set(args.names) - set(SUITE):
+        parser.error(f"no benchmark {min(unknown)}; there are {', '.join(SUITE)}")
+    clock = ["--clock", args.clock, *(["--threads", args.threads] if args.threads else [])]
+    failures: list[str] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name in args.names or SUITE:
+            found = run(name, clock, Path(folder))
+            if found is None:
+                failures.append(f"{name}: it did not end")
+            elif not args.check:
+                KEPT.mkdir(exist_ok=True)
+                (KEPT / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
+                rows = [Row(**row) for row in found["rows"]]
+                failures += [f"{row.what}, {row.run}: {line(row)}" for row in rows if row.verdict == "MISSED"]
+            elif not (KEPT / f"{name}.json").exists():
+                failures.append(f"{name}: nothing to compare with; run it without --check first")
+            else:
+                failures += fallen(found, json.loads((KEPT / f"{name}.json").read_text()))
+    if not args.check:
+        write_table()
+    for failure in failures:
+        print("FAILED" if args.check else "missed:", failure)
+    return int(bool(failures))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,77 @@
+"""`mm info --plan`: the arithmetic of a run, against published runs and by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mm.cli import main
+from mm.info import build_meta, describe
+from mm.info.plan import GPUS, expected_loss, optimal, plan
+
+V3 = "configs/decoder/deepseek_v3.yaml"
+
+
+def made(config: str = V3, gpus: int = 2048, **options):
+    model = build_meta(Path(config), None)
+    return plan(model, describe(model), gpus, **options)
+
+
+def test_deepseek_v3s_hours_are_those_of_its_report() -> None:
+    """2,664K hours of H800 for 14.8T tokens (arXiv 2412.19437, table 1): 40 % of bfloat16's FLOP/s comes to that."""
+    assert made(gpu="h100", tokens=14.8e12).gpu_hours == pytest.approx(2_664_000, rel=0.05)
+
+
+def test_chinchillas_best_model_is_about_chinchilla() -> None:
+    """70B on 1.4T tokens; the refit that is used here gives that compute 64B to 74B on 1.3T to 1.5T."""
+    weights, tokens = optimal(6 * 70e9 * 1.4e12)
+    assert 60e9 < weights < 80e9 and weights * tokens * 6 == pytest.approx(6 * 70e9 * 1.4e12)
+    best = expected_loss(weights, tokens)
+    for other in (0.7, 0.9, 1.1, 1.4):
+        assert expected_loss(weights * other, tokens / other) > best
+
+
+def test_states_are_shared_and_rows_are_not() -> None:
+    few, many = made(gpus=64), made(gpus=128)
+    assert few.memory_states == 2 * many.memory_states and few.memory_row == many.memory_row
+    assert few.seconds == 2 * many.seconds and few.gpu_hours == many.gpu_hours
+    assert made(gpus=1).moved_weights == 0
+    assert not few.fits
+
+
+def test_a_model_that_fits_says_on_how_many() -> None:
+    found = made("configs/decoder/llama_3_1_8b.yaml", 8)
+    assert found.fewest is not None
+    at, below = (made("configs/decoder/llama_3_1_8b.yaml", count) for count in (found.fewest, found.fewest - 1))
+    assert at.fits and not below.fits
+    assert found.moved_tokens == 0  # no experts
+
+
+def test_moving_hides_behind_enough_tokens() -> None:
+    """At `hidden` tokens, products take as long as the weights' gathers and scatter."""
+    found = made(gpus=1024)
+    per_token = found.flops / found.tokens
+    device = GPUS["h200"]
+    assert found.hidden * per_token / (device.flops * 0.4) == pytest.approx(found.moved_weights / device.network)
+
+
+@pytest.mark.parametrize(
+    "arguments,said",
+    [
+        (["--plan", "0"], "gpus=0"),
+        (["--plan", "8", "--mfu", "1.5"], "mfu=1.5"),
+        (["--plan", "8", "--tokens", "-1"], "tokens"),
+    ],
+)
+def test_nonsense_is_refused(arguments: list[str], said: str, capsys) -> None:
+    assert main(["info", V3, *arguments]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_the_command_prints_it(capsys) -> None:
+    assert main(["info", V3, "--plan", "1024"]) == 0
+    assert "on 1,024 x H200, on paper" in capsys.readouterr().out
+    assert main(["info", V3, "--plan", "1024", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["plan"]["gpus"] == 1024
