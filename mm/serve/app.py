@@ -44,9 +44,8 @@ F = TypeVar("F", bound=Form)
 PAGE = Path(__file__).parent / "page"
 PAGE_SIZE = 16  # positions
 POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; "
-    "media-src 'self' data: blob:; connect-src 'self'; frame-src 'self' blob:; base-uri 'none'; form-action 'none'; "
-    "frame-ancestors 'none'"
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; media-src blob:; "
+    "connect-src 'self'; frame-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 
 
@@ -154,7 +153,7 @@ class Server:
             "max_length": self.limits.max_length,
             "answer_tokens": self.limits.answer_tokens,
             "limits": {f"{kind}_bytes": media.bytes_of(kind) for kind in kinds}
-            | {"items": media.items, "body_bytes": media.body_bytes},
+            | {name: getattr(media, name) for name in ("items", "body_bytes", "image_side", "audio_seconds")},
             "thinking": all(tag in self.model.tokenizer.specials for tag in tags),
             "embeddings": self.model.embedding_head is not None,
         }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -99,6 +100,8 @@ async def explained(server: Server, request: Request) -> Response:
     server.take_place(request)
     messages = await server.messages(form.messages, [])
     sample = told(sample_of_messages, messages, "chat", "messages")
+    named = [replace(item, name=f"{item.kind} {number}") for number, item in enumerate(sample.media, 1)]
+    sample = replace(sample, media=named)
     prepare = server.worker.engine.prepare
     longest = min(ROLLOUT_LONGEST, server.limits.max_length)
     await server.in_thread(
