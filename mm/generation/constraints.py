@@ -62,6 +62,10 @@ class Form:
         return grammar
 
 
+class FormNotFollowed(ValueError):
+    """A form that makes sense, and takes more states than an answer may."""
+
+
 class Constraint:
     """Where each row stands in its form: `mask` forbids what cannot come next, `push` goes on.
 
@@ -107,7 +111,7 @@ class Constraint:
 
 def _check(matcher: Any) -> None:
     if matcher.is_error():
-        raise ValueError(f"the form cannot be followed: {' '.join(matcher.get_error().split())}")
+        raise FormNotFollowed(f"the form cannot be followed: {' '.join(matcher.get_error().split())}")
 
 
 @functools.lru_cache(maxsize=8)

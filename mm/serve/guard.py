@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import binascii
 import hmac
 import logging
 import secrets
@@ -19,11 +18,10 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mm.serve.errors import error_response
-from mm.serve.limits import MediaLimits, Refused, ServeLimits
+from mm.serve.limits import GRACE, MediaLimits, Refused, ServeLimits
 from mm.serve.metrics import Metrics
 
 LOG = logging.getLogger("mm.serve")
-GRACE = 10.0  # seconds that a client has to read the end of an answer whose time is up
 UPLOADS = "/v1/files"  # takes forms; all else that is sent is JSON
 LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 HEADERS = {
@@ -85,7 +83,7 @@ class Guard:
             # A page elsewhere can give its own name this machine's address (DNS rebinding).
             raise Refused("host_not_allowed", f"Host: {host}")
         origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc.lower() != host.lower():
+        if origin is not None and _place(origin) != host.lower():
             raise Refused("origin_not_allowed", f"Origin: {origin}, Host: {host}")
         if self._key is not None and not hmac.compare_digest(_given_key(headers), self._key.encode()):
             raise Refused("invalid_api_key", "no or another key")
@@ -197,6 +195,14 @@ def log_refused(refused: Refused, request_id: str) -> None:
     LOG.info("%s refused, %s: %s", request_id, refused.code, refused.detail)
 
 
+def _place(origin: str) -> str | None:
+    """Name and port of an Origin."""
+    try:
+        return urlsplit(origin).netloc.lower()
+    except ValueError:
+        return None
+
+
 def _name(host: str) -> str | None:
     """The name in a Host header, without its port."""
     try:
@@ -209,10 +215,10 @@ def _given_key(headers: Headers) -> bytes:
     """`Bearer KEY`, or the password of `Basic`, which browsers ask for."""
     scheme, _, given = headers.get("authorization", "").partition(" ")
     if scheme.lower() == "bearer":
-        return given.strip().encode()
+        return given.strip().encode("latin-1")  # as headers were decoded
     if scheme.lower() == "basic":
         try:
             return base64.b64decode(given, validate=True).partition(b":")[2]
-        except binascii.Error:
+        except ValueError:  # what is not base64, and what is not ASCII
             return b""
     return b""

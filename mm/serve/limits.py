@@ -11,6 +11,7 @@ from mm.types import Kind
 
 # code -> HTTP status, and the sentence that a client is told with it. Nothing else is.
 CODES: dict[str, tuple[int, str]] = {
+    "malformed_request": (400, "This is not HTTP as it is understood here."),
     "malformed_json": (400, "The body is not JSON in UTF-8."),
     "too_deep": (400, "The body is nested too deeply."),  # than json_depth
     "too_many_items": (400, "The request has too many media, or too many values."),  # than `items` or json_values
@@ -48,6 +49,7 @@ CODES: dict[str, tuple[int, str]] = {
     "deadline_exceeded": (504, "The answer took longer than a request may."),
 }
 HOST = re.compile(r"(?=.{1,253}\Z)(?:[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?\.)*(?=[a-z0-9-]*[a-z])[a-z0-9-]{1,63}")
+GRACE = 10.0  # seconds that a client has to read the end of an answer whose time is up
 DETAIL = 500  # characters of the log's line
 
 
@@ -129,7 +131,7 @@ class ServeLimits:
     text_bytes        of all text in a request
     deadline_seconds  from the end of the body to the end of the answer
     held_bytes        bodies of all requests together, as they arrive and wait
-    connections       open at a time; beyond them those go that have been silent longest without a whole request
+    connections       open at a time; beyond them the one goes that has been silent longest and is not being answered
     upload_bytes      of files kept for requests to come, the oldest dropped first
     """
 
@@ -156,3 +158,8 @@ class ServeLimits:
             raise ValueError(
                 f"cache_tokens={self.cache_tokens} hold no chat of max_length={self.max_length}; give at least as many"
             )
+
+    @property
+    def request_seconds(self) -> float:
+        """From the end of a request's head to the end of its answer, whatever its client does not send or read."""
+        return self.body_seconds + self.deadline_seconds + 2 * GRACE

@@ -13,12 +13,14 @@ from mm.serve.limits import Refused, ServeLimits
 from mm.serve.toolcalls import forced_schema, offered
 
 T = TypeVar("T")
+COLDEST = 1e-5  # below this temperature logits overflow, and the likeliest token is as good as certain
 _SAME = ("top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
 
 
 def sampling(form: Sampling) -> dict[str, Any]:
     """What is not given is OpenAI's default: temperature 1."""
-    options: dict[str, Any] = {"temperature": 1.0 if form.temperature is None else form.temperature}
+    temperature = 1.0 if form.temperature is None else form.temperature
+    options: dict[str, Any] = {"temperature": temperature if temperature >= COLDEST else 0.0}
     options |= {name: value for name in _SAME if (value := getattr(form, name)) is not None}
     if form.top_p == 1.0:
         del options["top_p"]  # all of them
