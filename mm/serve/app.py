@@ -110,8 +110,11 @@ class Server:
 
     async def form(self, form: type[F], request: Request) -> F:
         """The request's body. Raises Refused, also where it names another model."""
-        body, limits = request.state.body, self.media_limits
-        read = await self.in_thread(lambda: read_form(form, parse_json(body, limits)))
+
+        def parsed() -> F:  # the text is dropped as soon as it is read: it may be as large as all that is in it
+            return read_form(form, parse_json(request.scope["state"].pop("body"), self.media_limits))
+
+        read = await self.in_thread(parsed)
         self.check_name(getattr(read, "model", self.name))
         return read
 

@@ -34,7 +34,7 @@ HEADERS = {
 
 
 class Guard:
-    """ASGI middleware. Puts into `scope["state"]`: `request_id`; `body` (bytes); `client`, whose places the request
+    """ASGI middleware. Puts into `scope["state"]`: `request_id`; `body` (bytearray); `client`, whose places the request
     takes; `deadline`, in the event loop's time; `exits`, an ExitStack that is closed however the request ends."""
 
     def __init__(
@@ -88,9 +88,9 @@ class Guard:
         if self._key is not None and not hmac.compare_digest(_given_key(headers), self._key.encode()):
             raise Refused("invalid_api_key", "no or another key")
 
-    async def _body(self, scope: Scope, receive: Receive, exits: ExitStack) -> bytes:
+    async def _body(self, scope: Scope, receive: Receive, exits: ExitStack) -> bytearray:
         if scope["method"] not in ("POST", "PUT", "PATCH"):
-            return b""
+            return bytearray()
         headers, most = Headers(scope=scope), self.media.body_bytes
         declared = headers.get("content-type", "").partition(";")[0].strip().lower()
         if declared != ("multipart/form-data" if scope["path"] == UPLOADS else "application/json"):
@@ -121,18 +121,19 @@ class Guard:
                         raise Refused("server_busy", f"bodies of {self._held:,} bytes are held")
                     body += chunk
                     if not message.get("more_body"):
-                        return bytes(body)
+                        return body
         except TimeoutError:
             raise Refused("body_timeout", f"{held:,} bytes in {self.limits.body_seconds:g} s") from None
 
     async def _answer(self, scope: Scope, receive: Receive, reply: _Reply) -> None:
         """Runs the route, for as long as there is a client to hear it."""
-        body: list[Message] = [{"type": "http.request", "body": scope["state"]["body"]}]
-        gone = asyncio.Event()
+        gone, read = asyncio.Event(), False
 
         async def replay() -> Message:
-            if body:
-                return body.pop()
+            nonlocal read
+            if not read:
+                read = True
+                return {"type": "http.request", "body": bytes(scope["state"].pop("body", b""))}
             await gone.wait()
             return {"type": "http.disconnect"}
 
