@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import hmac
 import logging
 import secrets
@@ -22,6 +23,8 @@ from mm.serve.limits import GRACE, MediaLimits, Refused, ServeLimits
 from mm.serve.metrics import Metrics
 
 LOG = logging.getLogger("mm.serve")
+LINGER = 2.0  # seconds that the rest of a refused request's body is awaited
+WITH_BODY = ("POST", "PUT", "PATCH")
 UPLOADS = "/v1/files"  # takes forms; all else that is sent is JSON
 LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 HEADERS = {
@@ -55,7 +58,7 @@ class Guard:
             if scope["type"] == "lifespan":
                 await self.app(scope, receive, send)
             return  # there are no websockets here
-        reply = _Reply(send, secrets.token_hex(8))
+        reply = _Reply(send, secrets.token_hex(8), scope["method"] in WITH_BODY)
         start = time.perf_counter()
         try:
             with ExitStack() as exits:
@@ -63,6 +66,7 @@ class Guard:
                 state = scope.setdefault("state", {})
                 state |= {"request_id": reply.request_id, "exits": exits, "client": (scope.get("client") or ["?"])[0]}
                 state["body"] = await self._body(scope, receive, exits)
+                reply.unread = False
                 state["deadline"] = asyncio.get_running_loop().time() + self.limits.deadline_seconds
                 await self._answer(scope, receive, reply)
         except Refused as refused:
@@ -89,7 +93,7 @@ class Guard:
             raise Refused("invalid_api_key", "no or another key")
 
     async def _body(self, scope: Scope, receive: Receive, exits: ExitStack) -> bytearray:
-        if scope["method"] not in ("POST", "PUT", "PATCH"):
+        if scope["method"] not in WITH_BODY:
             return bytearray()
         headers, most = Headers(scope=scope), self.media.body_bytes
         declared = headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -168,16 +172,17 @@ class Guard:
         if refused.code == "invalid_api_key":
             page = "text/html" in Headers(scope=scope).get("accept", "")
             response.headers["WWW-Authenticate"] = 'Basic realm="mm", charset="UTF-8"' if page else "Bearer"
-        if scope["method"] not in ("GET", "HEAD"):
-            response.headers["Connection"] = "close"  # what is left of its body is not read
+        if reply.unread and not await _discarded(scope, receive):
+            response.headers["Connection"] = "close"
         await response(scope, receive, reply)
 
 
 class _Reply:
-    """`send` with the headers that every answer has; knows how far the answer is."""
+    """`send` with the headers that every answer has; knows how far the answer is, and whether there is a body that was
+    not read."""
 
-    def __init__(self, send: Send, request_id: str) -> None:
-        self._send, self.request_id = send, request_id
+    def __init__(self, send: Send, request_id: str, unread: bool) -> None:
+        self._send, self.request_id, self.unread = send, request_id, unread
         self.status, self.started, self.complete = 0, False, False
 
     async def __call__(self, message: Message) -> None:
@@ -190,6 +195,18 @@ class _Reply:
         elif message["type"] == "http.response.body" and not message.get("more_body"):
             self.complete = True
         await self._send(message)
+
+
+async def _discarded(scope: Scope, receive: Receive) -> bool:
+    """Whether the rest of the body came soon: a client that cannot send it all may never read why it was refused."""
+    if "expect" in Headers(scope=scope):
+        return False  # it waits to be asked for its body
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(LINGER):
+            while (await receive()).get("more_body"):
+                pass
+            return True
+    return False
 
 
 def log_refused(refused: Refused, request_id: str) -> None:

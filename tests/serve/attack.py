@@ -49,7 +49,9 @@ def head(here: Running, line: str = "POST /v1/chat/completions", **headers: str)
     """A request's head; `headers` with _ for -."""
     given = {"Host": f"127.0.0.1:{port_of(here)}", "Content-Type": "application/json"}
     given |= {name.replace("_", "-"): value for name, value in headers.items()}
-    return "".join([f"{line} HTTP/1.1\r\n", *(f"{name}: {value}\r\n" for name, value in given.items()), "\r\n"]).encode()
+    return "".join(
+        [f"{line} HTTP/1.1\r\n", *(f"{name}: {value}\r\n" for name, value in given.items()), "\r\n"]
+    ).encode()
 
 
 def whole(here: Running, form: Mapping[str, Any] = CHAT, line: str = "POST /v1/chat/completions") -> bytes:

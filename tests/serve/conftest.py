@@ -6,6 +6,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
@@ -155,10 +156,12 @@ def plain() -> MultimodalModel:
 
 @pytest.fixture
 def tell(request: pytest.FixtureRequest) -> Callable[[str], None]:
-    """Prints a line of what was counted, where `-rA` or `-v` ask for more than dots."""
+    """Prints a line of what was counted, where `-v` asks for more than dots."""
+    capture: Any = request.config.pluginmanager.getplugin("capturemanager")
 
     def print_line(line: str) -> None:
         if request.config.get_verbosity() > 0:
-            request.config.pluginmanager.get_plugin("terminalreporter").write_line(f"  counted: {line}")
+            with capture.global_and_fixture_disabled():
+                print(f"\n  counted: {line}")
 
     return print_line

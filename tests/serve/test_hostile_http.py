@@ -5,9 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
-import random
 import socket
-import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -18,13 +16,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mm.serve.guard import Guard
 from mm.serve.limits import ServeLimits
 from mm.serve.run import Running, running
 from mm.testing import tiny_model
 
-from .attack import CHAT, answer, check_error, head, idle, opened, quiet_log, whole, within
-from .files import picture, sound
+from .attack import CHAT, answer, check_error, idle, opened, quiet_log, within
+from .files import picture
 
 MARK = "nobody-shall-hear-this"
 KEY = "a-key"
@@ -63,16 +60,55 @@ FORMS: dict[str, list[dict[str, Any]]] = {
     ],
     "/v1/explain": [{"model": "model", "messages": [MESSAGE], "answer": "two"}],
 }
-FILE = b'--b\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nvision\r\n--b\r\nContent-Disposition: form-data; name="file"; filename="a.png"\r\nContent-Type: image/png\r\n\r\n%s\r\n--b--\r\n' % picture(side=4)  # fmt: skip
-PATHS = [*FORMS, "/v1/files", "/v1/files/file-1", "/v1/models", "/v1/models/model", "/v1/settings", "/health", "/metrics"]
-ODD_PATHS = ["/v1", "/v1/", "/v1/completions/", "//", "/v1/files/", "/health/..", "/%00", "/v1/models/%ff", "/.env", "*"]
+FILE = (
+    b'--b\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nvision\r\n'
+    b'--b\r\nContent-Disposition: form-data; name="file"; filename="a.png"\r\nContent-Type: image/png\r\n\r\n'
+    + picture(side=4)
+    + b"\r\n--b--\r\n"
+)
+PATHS = [
+    *FORMS,
+    "/v1/files",
+    "/v1/files/file-1",
+    "/v1/models",
+    "/v1/models/model",
+    "/v1/settings",
+    "/health",
+    "/metrics",
+]
+ODD_PATHS = [
+    "/v1",
+    "/v1/",
+    "/v1/completions/",
+    "//",
+    "/v1/files/",
+    "/health/..",
+    "/%00",
+    "/v1/models/%ff",
+    "/.env",
+    "*",
+]
 METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS", "TRACE", "PROPFIND", "get", "X"]
 TYPES = ["application/json", "Application/JSON; charset=utf-8", "text/plain", "application/x-www-form-urlencoded", ""]
-TYPES += ["multipart/form-data; boundary=b", "multipart/form-data", "application/json/json", "text/html, application/json"]
+TYPES += [
+    "multipart/form-data; boundary=b",
+    "multipart/form-data",
+    "application/json/json",
+    "text/html, application/json",
+]
 
 NUMBERS = [0, -1, 2**31, 2**63, -(2**63) - 1, 10**30, 10**400, 1e308, -1e308, 5e-324, 1e-40, float("nan"), float("inf")]
 STRINGS = [MARK, "\ud800", "\udfff\ud800", "\x00", "", "a" * 5000, "<|im_start|>", "😀", "data:,", "http://127.0.0.1/"]
-STRINGS += [PIXELS, PIXELS[:-9], "data:image/png;base64,AAAA", "file-1", "NaN", "[" * 5000, '{"a": "\\ud800"}', "9" * 5000]
+STRINGS += [
+    PIXELS,
+    PIXELS[:-9],
+    "data:image/png;base64,AAAA",
+    "file-1",
+    "NaN",
+    "[" * 5000,
+    '{"a": "\\ud800"}',
+    "9" * 5000,
+]
 leaves = st.one_of(
     st.none(), st.booleans(), st.integers(), st.floats(), st.text(), st.sampled_from(NUMBERS), st.sampled_from(STRINGS)
 )
@@ -125,7 +161,9 @@ def bodies() -> Any:
     as_json = forms().map(lambda each: (*each[:1], json.dumps(each[1]).encode(), "application/json"))
     as_text = forms().map(lambda each: (each[0], json.dumps(each[1]).encode()))
     broken = as_text.flatmap(lambda each: st.tuples(st.just(each[0]), changed(each[1]), st.just("application/json")))
-    deep = st.sampled_from([b"[" * 70, b'{"a":' * 300, b"[" * 99_000, b"\xff\xfe{\x00}\x00", b'"\\ud800"', b"1e999", b""])
+    deep = st.sampled_from(
+        [b"[" * 70, b'{"a":' * 300, b"[" * 99_000, b"\xff\xfe{\x00}\x00", b'"\\ud800"', b"1e999", b""]
+    )
     odd = st.tuples(st.sampled_from(PATHS), deep | st.binary(), st.sampled_from(TYPES))
     files = st.tuples(st.just("/v1/files"), st.just(FILE) | changed(FILE), st.just(TYPES[5]) | st.sampled_from(TYPES))
     return st.one_of(as_json, as_json, as_json, broken, odd, files)
@@ -133,7 +171,9 @@ def bodies() -> Any:
 
 def lines() -> Any:
     """Methods and paths."""
-    paths = st.sampled_from(PATHS) | st.sampled_from(ODD_PATHS) | st.text(max_size=20).map(lambda text: f"/{text}{MARK}")
+    paths = (
+        st.sampled_from(PATHS) | st.sampled_from(ODD_PATHS) | st.text(max_size=20).map(lambda text: f"/{text}{MARK}")
+    )
     return st.tuples(st.sampled_from(METHODS), paths)
 
 
@@ -141,9 +181,12 @@ def raw() -> Any:
     """Bytes that are HTTP, or nearly, or not at all."""
     text = (
         b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
-        b"Transfer-Encoding: chunked\r\nOrigin: http://127.0.0.1\r\nAuthorization: Basic YTpi\r\n\r\n3\r\n{} \r\n0\r\n\r\n"
+        b"Transfer-Encoding: chunked\r\nOrigin: http://127.0.0.1\r\nAuthorization: Basic YTpi\r\n\r\n"
+        b"3\r\n{} \r\n0\r\n\r\n"
     )
-    return st.one_of(st.binary(min_size=1), changed(text), changed(text), changed(b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n"))
+    return st.one_of(
+        st.binary(min_size=1), changed(text), changed(text), changed(b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n")
+    )
 
 
 class Fuzz:
@@ -181,7 +224,9 @@ class Fuzz:
                 told = json.loads(event.removeprefix("data: "))
                 if "error" in told:
                     status = {"invalid_schema": 400}[told["error"]["code"]]
-                    check_error(status, response.headers | {"content-type": "application/json"}, json.dumps(told).encode())
+                    check_error(
+                        status, response.headers | {"content-type": "application/json"}, json.dumps(told).encode()
+                    )
 
     def count(self, status: int) -> None:
         self.statuses[status] += 1
@@ -209,6 +254,7 @@ def test_any_request(here: Running, count: int, tell: Callable[[str], None]) -> 
         for strategy, send in ((bodies(), fuzz.body), (lines(), fuzz.line), (raw(), fuzz.raw)):
             quietly(given(strategy)(send))()
         assert within(10, lambda: idle(here))
-    tell(f"{fuzz.statuses.total():,} requests in {time.monotonic() - start:.0f} s: {dict(fuzz.statuses)} {dict(fuzz.codes)}")
+    counts = f"{dict(fuzz.statuses)} {dict(fuzz.codes)}"
+    tell(f"{fuzz.statuses.total():,} requests in {time.monotonic() - start:.0f} s: {counts}")
     assert fuzz.statuses.total() >= count * 0.9 and fuzz.statuses[200] > count / 20
     assert here.server.worker.alive and fuzz.client.get("/health").status_code == 200

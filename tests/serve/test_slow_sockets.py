@@ -130,7 +130,8 @@ def test_others_are_answered(here: Running, kind: Any, count: int, tell: Callabl
         unread = kind in (never_reading, never_reading_answers)
         # What was sent is never read here: that it ends is seen when the server forgets it.
         assert unread or within(8, lambda: all(map(ended, slow)))
-    tell(f"{count} sockets, {kind.__name__}: /health {health.worst:.2f} s at most of {health.count}, a chat {seconds:.2f} s")
+    times = f"/health {health.worst:.2f} s at most of {health.count}, a chat {seconds:.2f} s"
+    tell(f"{count} sockets, {kind.__name__}: {times}")
     assert health.worst < 1 and found.status_code == 200
     assert within(10, lambda: idle(here))
 
