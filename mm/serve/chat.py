@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 async def chat(server: Server, request: Request) -> Response:
     form = await server.form(ChatForm, request)
-    options, own_seeds = chat_options(form), seeds(form, server.limits)
+    options, own_seeds = chat_options(form, server.limits), seeds(form, server.limits)
     tools = offered(form.tools, form.tool_choice)
     server.take_place(request)
     messages = await server.messages(form.messages, tools)

@@ -127,6 +127,7 @@ class ServeLimits:
     max_length        positions of a chat, its media and its answer
     answer_tokens     of an answer whose request does not say
     cache_tokens      positions kept at a time, of all answers that are written and for those that begin alike
+    schema_bytes      of the JSON schema of an answer; those of tools that must be called count together
     choices           answers to one request (`n`)
     text_bytes        of all text in a request
     deadline_seconds  from the end of the body to the end of the answer
@@ -141,6 +142,7 @@ class ServeLimits:
     answer_tokens: int = 512
     cache_tokens: int = 32_768
     choices: int = 8
+    schema_bytes: int = 32_768  # making sense of 2,000 properties takes 2 s, of 9,000 more than a minute
     text_bytes: int = 1_000_000
     deadline_seconds: float = 120.0
     header_seconds: float = 10.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -31,7 +32,7 @@ def sampling(form: Sampling) -> dict[str, Any]:
     return options
 
 
-def chat_options(form: ChatForm) -> dict[str, Any]:
+def chat_options(form: ChatForm, limits: ServeLimits) -> dict[str, Any]:
     """Raises Refused for combinations that make no sense."""
     options = sampling(form)
     if form.top_logprobs is not None and not form.logprobs:
@@ -45,7 +46,10 @@ def chat_options(form: ChatForm) -> dict[str, Any]:
     if schema is not None and forced is not None:
         raise Refused("invalid_value", "response_format and a tool_choice that must call", "response_format")
     if schema is not None or forced is not None:
-        options["json_schema"] = forced if schema is None else schema
+        wanted = forced if schema is None else schema
+        if (size := len(json.dumps(wanted))) > limits.schema_bytes:
+            raise Refused("invalid_schema", f"{size:,} bytes of schema, more than {limits.schema_bytes:,}")
+        options["json_schema"] = wanted
     return options
 
 

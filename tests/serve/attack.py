@@ -40,7 +40,7 @@ def opened(here: Running, address: str = "127.0.0.1", receive: int | None = None
     if receive is not None:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive)
     connection.bind((address, 0))
-    connection.settimeout(10)
+    connection.settimeout(60)
     connection.connect(("127.0.0.1", port_of(here)))
     return connection
 

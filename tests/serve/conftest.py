@@ -165,3 +165,9 @@ def tell(request: pytest.FixtureRequest) -> Callable[[str], None]:
                 print(f"\n  counted: {line}")
 
     return print_line
+
+
+@pytest.fixture(scope="session")
+def model() -> MultimodalModel:
+    """One with all towers and an alignment tower."""
+    return tiny_model(embedding_dim=8).eval()

@@ -243,18 +243,13 @@ def here() -> Iterator[Running]:
 @pytest.mark.parametrize("count", [240, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_any_request(here: Running, count: int, tell: Callable[[str], None]) -> None:
     fuzz, start = Fuzz(here), time.monotonic()
-    quietly = settings(
-        max_examples=count // 3,
-        deadline=None,
-        database=None,
-        derandomize=True,
-        suppress_health_check=list(HealthCheck),
-    )
+    quietly = settings(deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
     with quiet_log():
-        for strategy, send in ((bodies(), fuzz.body), (lines(), fuzz.line), (raw(), fuzz.raw)):
-            quietly(given(strategy)(send))()
+        # Of lines, some are none that a client could send; of raw bytes, some are half a request.
+        for strategy, send, share in ((bodies(), fuzz.body, 0.7), (lines(), fuzz.line, 0.3), (raw(), fuzz.raw, 0.3)):
+            settings(quietly, max_examples=round(share * count))(given(strategy)(send))()
         assert within(10, lambda: idle(here))
     counts = f"{dict(fuzz.statuses)} {dict(fuzz.codes)}"
     tell(f"{fuzz.statuses.total():,} requests in {time.monotonic() - start:.0f} s: {counts}")
-    assert fuzz.statuses.total() >= count * 0.9 and fuzz.statuses[200] > count / 20
+    assert fuzz.statuses.total() >= count and fuzz.statuses[200] > count / 20
     assert here.server.worker.alive and fuzz.client.get("/health").status_code == 200
