@@ -23,7 +23,7 @@ from mm.serve.limits import GRACE, MediaLimits, Refused, ServeLimits
 from mm.serve.metrics import Metrics
 
 LOG = logging.getLogger("mm.serve")
-LINGER = 2.0  # seconds that the rest of a refused request's body is awaited
+LINGER = 5.0  # seconds that the rest of a refused request's body is awaited
 WITH_BODY = ("POST", "PUT", "PATCH")
 UPLOADS = "/v1/files"  # takes forms; all else that is sent is JSON
 LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
