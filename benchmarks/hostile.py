@@ -2,8 +2,9 @@
 
     python benchmarks/hostile.py [TEST ...]
 
-200 slow sockets of each kind, 10,000 arbitrary requests, 1,000 cancelled streams, 1,000 texts that spell special tokens,
-URLs that must lead nowhere, bombs as data: URLs and uploads. About ten minutes on 2 cores; fails if a test does.
+200 slow sockets of each kind, 10,000 arbitrary requests, 1,000 cancelled streams, 1,000 texts that spell special
+tokens, URLs that must lead nowhere, bombs as data: URLs and uploads. About ten minutes on 2 cores; fails if a test
+does.
 """
 
 from __future__ import annotations

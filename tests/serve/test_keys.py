@@ -50,7 +50,7 @@ def test_every_route_and_method_needs_the_key(keyed: Running) -> None:
     with httpx.Client(base_url=keyed.url) as client, quiet_log():
         for place, (method, path) in enumerate((method, path) for method in METHODS for path in paths):
             given = wrong[place % len(wrong)]
-            headers = {} if given is None else {"Authorization": given.encode()}
+            headers = {} if given is None else {b"Authorization": given.encode()}
             found = client.request(method, path, headers=headers, json=CHAT)
             assert found.status_code == 401 and found.headers["www-authenticate"] == "Bearer"
             if method != "HEAD":
@@ -61,7 +61,7 @@ def test_every_route_and_method_needs_the_key(keyed: Running) -> None:
 
 @pytest.mark.parametrize("given", [f"Bearer {KEY}", f"bearer  {KEY}", basic(f"anyone:{KEY}"), basic(f":{KEY}")])
 def test_the_key_opens(keyed: Running, given: str) -> None:
-    headers = {"Authorization": given.encode(), "Host": "any.example"}
+    headers = {b"Authorization": given.encode(), b"Host": b"any.example"}
     assert httpx.get(f"{keyed.url}/v1/models", headers=headers).status_code == 200
     assert httpx.post(f"{keyed.url}/v1/chat/completions", json=CHAT, headers=headers).status_code == 200
 
@@ -74,7 +74,7 @@ def test_a_browser_is_asked_for_the_key(keyed: Running) -> None:
 def test_keys_are_compared_in_constant_time(keyed: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     compared: list[Any] = []
     monkeypatch.setattr(hmac, "compare_digest", lambda *both: bool(compared.append(both)))
-    assert httpx.get(keyed.url, headers={"Authorization": f"Bearer {KEY}".encode()}).status_code == 401
+    assert httpx.get(keyed.url, headers={b"Authorization": f"Bearer {KEY}".encode()}).status_code == 401
     assert compared == [(KEY.encode(), KEY.encode())]
 
 
@@ -108,7 +108,7 @@ def test_other_origins_are_refused(here: Running) -> None:
     with quiet_log(), httpx.Client() as client:
         for origin in wrong:
             for method in ("GET", "POST", "OPTIONS"):
-                headers = {"Origin": origin.encode("latin-1")}
+                headers = {b"Origin": origin.encode("latin-1")}
                 found = client.request(method, f"{here.url}/v1/chat/completions", headers=headers, json=CHAT)
                 assert found.status_code == 403 and "access-control-allow-origin" not in found.headers, origin
                 assert check_error(403, found.headers, found.content, ("evil",)) == "origin_not_allowed"

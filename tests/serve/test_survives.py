@@ -45,7 +45,7 @@ def nursery(here: Running) -> int:
 
 
 def test_a_decoder_that_is_killed_is_one_requests_misfortune(here: Running) -> None:
-    film_of_many = shown("video", film(frames=600, size=(640, 480)), "video/mp4") | {"stream": False}
+    film_of_many: dict[str, Any] = shown("video", film(frames=600, size=(640, 480)), "video/mp4") | {"stream": False}
     film_of_many["messages"][0]["content"] = film_of_many["messages"][0]["content"][:1]
     parent = nursery(here)
     with ThreadPoolExecutor(1) as pool:
