@@ -65,6 +65,8 @@ class Guard:
                 self._check(Headers(scope=scope))
                 state = scope.setdefault("state", {})
                 state |= {"request_id": reply.request_id, "exits": exits, "client": (scope.get("client") or ["?"])[0]}
+                # Nothing here is so large that pieces of it are worth the ways to ask for them.
+                scope["headers"] = [header for header in scope["headers"] if header[0] != b"range"]
                 state["body"] = await self._body(scope, receive, exits)
                 reply.unread = False
                 state["deadline"] = asyncio.get_running_loop().time() + self.limits.deadline_seconds

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hmac
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -189,3 +190,17 @@ def test_expect_100_continue(here: Running) -> None:
         connection.sendall(head(here, Content_Length="99999999", Expect="100-continue"))
         found = answer(connection)
         assert found is not None and check_error(*found) == "body_too_large"
+
+
+def test_pages_are_given_whole(plain: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "index.html").write_text("page")
+    monkeypatch.setattr("mm.serve.app.PAGE", tmp_path)
+    with running(plain) as here, httpx.Client(base_url=here.url) as client, quiet_log():
+        for path in ("/", "/page/index.html"):
+            for wanted in ("bytes=99-", "bytes=x", "bytes=0-0,1-1,1-1", "bytes=2-1"):
+                found = client.get(path, headers={"Range": wanted})
+                assert (found.status_code, found.text) == (200, "page")
+        for name in ("%00", "..%2findex.html", "..%2f..%2fetc/passwd", "", "a" * 5000):
+            path = f"/page/{name}"
+            found = client.get(path)
+            assert check_error(found.status_code, found.headers, found.content) == "not_found"
