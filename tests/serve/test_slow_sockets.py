@@ -47,12 +47,12 @@ def silent(here: Running) -> tuple[socket.socket, bytes]:
     return opened(here), b""
 
 
-def never_reading(here: Running) -> tuple[socket.socket, bytes]:
-    """Asks for more than anything between the two would buffer, and reads none of it."""
+def never_reading(here: Running, times: int = 1) -> tuple[socket.socket, bytes]:
+    """Asks again and again, and reads none of it."""
     connection = opened(here, receive=4096)
     connection.setblocking(False)
     with contextlib.suppress(BlockingIOError):
-        for _ in range(200):
+        for _ in range(times):
             connection.send(head(here, "GET /metrics") * 20)
     return connection, b""
 
@@ -139,7 +139,7 @@ def test_others_are_answered(here: Running, kind: Any, count: int, tell: Callabl
 def test_who_never_reads_is_dropped_in_time(plain: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mm.serve.limits.GRACE", 0.1)
     limits = ServeLimits(header_seconds=0.4, body_seconds=0.4, deadline_seconds=0.4)
-    with running(plain, limits=limits) as here, held(here, never_reading, 1) as slow:
+    with running(plain, limits=limits) as here, held(here, lambda here: never_reading(here, 200), 1) as slow:
         assert limits.request_seconds == pytest.approx(1)
         gone = select.poll()
         for connection in slow:
