@@ -136,7 +136,7 @@ class Engine:
         return self._ticket(request, decoding, max_new_tokens, opening=None)
 
     def add(self, ticket: Ticket) -> Ticket:
-        """Queues a ticket that `prepare` made, or that of an engine that had to be made anew."""
+        """Queues a ticket that `prepare` made, here or in another engine of the same model and as many pages."""
         ticket.engine = self
         self.waiting.append(ticket)
         return ticket
@@ -208,8 +208,11 @@ class Engine:
         try:
             work(ticket)
         except (ValueError, RuntimeError) as error:
-            ticket.error = error
-            self.leave(ticket, "error")
+            self._fail(ticket, error)
+
+    def _fail(self, ticket: Ticket, error: Exception) -> None:
+        ticket.error = error
+        self.leave(ticket, "error")
 
     def _splice(self, ticket: Ticket) -> None:
         batch = collate([[ticket.encoded]]).to(self.model.device)
@@ -284,15 +287,25 @@ class Engine:
             plain = shaper.history is None and shaper.constraint is None and shaper.thinking is None
             together.setdefault(_hashable(shaper.decoding) if plain else place, []).append(place)
         for places in together.values():
-            shaper = tickets[places[0]].shaper
-            generators = [tickets[place].shaper.prompts.generators[0] for place in places]
-            ids = shaper.decoding.choose(shaper.mask(logits[places]), generators, shaper.history).tolist()
-            top = shaper.decoding.logprobs
-            # One that has no distribution (INVALID) is refused before its likelihood is looked at.
-            likely = [] if top is None else likelihoods(logits[places], [max(token, 0) for token in ids], top)
-            for rank, place in enumerate(places):
-                token, its = ids[rank], likely[rank] if likely else None
-                self._attempt(tickets[place], lambda ticket, token=token, its=its: self._give(ticket, token, its))
+            alike = [tickets[place] for place in places]
+            try:
+                chosen = self._chosen(alike, logits[places])
+            except (ValueError, RuntimeError) as error:  # a form that cannot be followed any further
+                for ticket in alike:
+                    self._fail(ticket, error)
+                continue
+            for ticket, (token, its) in zip(alike, chosen, strict=True):
+                self._attempt(ticket, lambda ticket, token=token, its=its: self._give(ticket, token, its))
+
+    def _chosen(self, tickets: list[Ticket], logits: Tensor) -> list[tuple[int, TokenLogprob | None]]:
+        """The next tokens of requests with the same options, and how likely each is if that was asked for."""
+        shaper = tickets[0].shaper
+        generators = [ticket.shaper.prompts.generators[0] for ticket in tickets]
+        ids = shaper.decoding.choose(shaper.mask(logits), generators, shaper.history).tolist()
+        if (top := shaper.decoding.logprobs) is None:
+            return [(token, None) for token in ids]
+        # One that has no distribution (INVALID) is refused before its likelihood is looked at.
+        return list(zip(ids, likelihoods(logits, [max(token, 0) for token in ids], top), strict=True))
 
     def _give(self, ticket: Ticket, token: int, likely: TokenLogprob | None) -> None:
         if token == INVALID:

@@ -62,6 +62,10 @@ class Form:
         return grammar
 
 
+class FormNotFollowed(ValueError):
+    """An answer cannot go on: a token does not fit its form, or the form takes more states than it may."""
+
+
 class Constraint:
     """Where each row stands in its form: `mask` forbids what cannot come next, `push` goes on.
 
@@ -90,10 +94,10 @@ class Constraint:
         return torch.where(torch.from_numpy(allowed.view(np.bool_)).to(logits.device), logits, float("-inf"))
 
     def push(self, ids: Sequence[int]) -> None:
-        """One more token of each row. Raises ValueError for one that `mask` forbids."""
+        """One more token of each row. Raises FormNotFollowed for one that `mask` forbids."""
         for matcher, token in zip(self._matchers, ids, strict=True):
             if not matcher.consume_token(token):
-                raise ValueError(f"token {token} does not fit the form: {matcher.get_error()}")
+                raise FormNotFollowed(f"token {token} does not fit the form: {matcher.get_error()}")
 
     def keep(self, rows: Sequence[int]) -> None:
         """Drops every row but `rows`, in that order; one may be named twice."""
@@ -107,7 +111,7 @@ class Constraint:
 
 def _check(matcher: Any) -> None:
     if matcher.is_error():
-        raise ValueError(f"the form cannot be followed: {' '.join(matcher.get_error().split())}")
+        raise FormNotFollowed(f"the form cannot be followed: {' '.join(matcher.get_error().split())}")
 
 
 @functools.lru_cache(maxsize=8)

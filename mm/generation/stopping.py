@@ -13,7 +13,8 @@ def cut_before(text: str, strings: Sequence[str]) -> str:
 
 def begun(text: str, strings: Sequence[str]) -> int:
     """How many characters at the end of the text one of the strings may begin with."""
-    return max((n for string in strings for n in range(1, len(string)) if text.endswith(string[:n])), default=0)
+    lengths = ((string, n) for string in strings for n in range(1, min(len(string), len(text) + 1)))
+    return max((n for string, n in lengths if text.endswith(string[:n])), default=0)
 
 
 class Cutter:

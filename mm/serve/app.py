@@ -43,6 +43,7 @@ T = TypeVar("T")
 F = TypeVar("F", bound=Form)
 PAGE = Path(__file__).parent / "page"
 PAGE_SIZE = 16  # positions
+OPENED = 8  # media at a time, of which two are decoded and the others fetched
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; media-src blob:; "
     "connect-src 'self'; frame-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -81,8 +82,9 @@ class Server:
         specs = model.media_specs()
         self.decoder = MediaDecoder(specs, self.media_limits) if specs else None
         self.places, self.uploads = Places(self.limits), Uploads(self.limits.upload_bytes)
-        self._pool = ThreadPoolExecutor(2 * self.limits.slots, "mm-requests")
-        self.opener = Opener(self.decoder, self.media_limits, self.uploads, self._pool, network)
+        self._pool = ThreadPoolExecutor(self.limits.slots, "mm-requests")
+        self._media_pool = ThreadPoolExecutor(OPENED, "mm-media")  # apart: chats without media need not wait for them
+        self.opener = Opener(self.decoder, self.media_limits, self.uploads, self._media_pool, network)
         self.metrics = Metrics(lambda: self.worker.engine, lambda: self.places.used)
         routes = _routes(self)
         self.app = Guard(routes, self.limits, self.media_limits, self.metrics, api_key, hosts)
@@ -100,13 +102,18 @@ class Server:
         self.worker.close()
         if self.decoder is not None:
             self.decoder.close()
-        self._pool.shutdown(cancel_futures=True)
+        for pool in (self._pool, self._media_pool):
+            pool.shutdown(cancel_futures=True)
 
     # What routes are made of.
 
-    def form(self, form: type[F], request: Request) -> F:
+    async def form(self, form: type[F], request: Request) -> F:
         """The request's body. Raises Refused, also where it names another model."""
-        read = read_form(form, parse_json(request.state.body, self.media_limits))
+
+        def parsed() -> F:  # the text is dropped as soon as it is read: it may be as large as all that is in it
+            return read_form(form, parse_json(request.scope["state"].pop("body"), self.media_limits))
+
+        read = await self.in_thread(parsed)
         self.check_name(getattr(read, "model", self.name))
         return read
 
@@ -120,7 +127,9 @@ class Server:
 
     async def messages(self, messages: Sequence[Message], tools: Sequence[Tool]) -> list[dict[str, Any]]:
         """The chat as plain messages, its media decoded. Raises Refused."""
-        if (size := text_bytes(messages)) > self.limits.text_bytes:
+        if len(messages) > self.limits.max_length:  # each takes a position at least
+            raise Refused("context_length_exceeded", f"{len(messages):,} messages", "messages")
+        if (size := text_bytes(messages, tools)) > self.limits.text_bytes:
             raise Refused("context_length_exceeded", f"{size:,} bytes of text", "messages")
         return await self.opener.messages(messages, tools)
 
@@ -163,7 +172,7 @@ class Server:
 
 
 def _routes(server: Server) -> FastAPI:
-    app = FastAPI(title="mm", openapi_url=None)
+    app = FastAPI(title="mm", openapi_url=None, redirect_slashes=False)
 
     def route(path: str, work: Callable[[Server, Request], Any], method: str = "POST") -> None:
         async def endpoint(request: Request) -> Response:

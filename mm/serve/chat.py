@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 
 async def chat(server: Server, request: Request) -> Response:
-    form = server.form(ChatForm, request)
-    options, own_seeds = chat_options(form), seeds(form, server.limits)
+    form = await server.form(ChatForm, request)
+    options, own_seeds = chat_options(form, server.limits), seeds(form, server.limits)
     tools = offered(form.tools, form.tool_choice)
     server.take_place(request)
     messages = await server.messages(form.messages, tools)
-    sample = told(sample_of_messages, messages, "chat", "messages")
+    sample = await server.in_thread(told, sample_of_messages, messages, "chat", "messages")
     tokens = form.max_completion_tokens or form.max_tokens
 
     def prepare() -> list[Ticket]:

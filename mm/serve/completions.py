@@ -22,12 +22,12 @@ from mm.tokenizers.text import TextTokenizer
 if TYPE_CHECKING:
     from mm.serve.app import Server
 
-PROMPTS = 64  # in one request
+PROMPTS = 64  # in one request, each counted as often as it is answered
 DEFAULT_TOKENS = 16  # of an answer, as OpenAI has it
 
 
 async def complete(server: Server, request: Request) -> Response:
-    form = server.form(CompletionForm, request)
+    form = await server.form(CompletionForm, request)
     options, own_seeds = sampling(form), seeds(form, server.limits)
     tokens = DEFAULT_TOKENS if form.max_tokens is None else form.max_tokens
     if form.logprobs is not None:
@@ -36,6 +36,8 @@ async def complete(server: Server, request: Request) -> Response:
         raise Refused("invalid_value", "max_tokens=0 gives nothing but an echo", "max_tokens")
     server.take_place(request)
     prompts = await server.in_thread(_prompts, form.prompt, server)
+    if len(prompts) * len(own_seeds) > PROMPTS:
+        raise Refused("too_many_items", f"{len(own_seeds)} answers to each of {len(prompts)} prompts", "n")
 
     def prepare() -> list[Ticket]:
         make = server.worker.engine.prepare_ids

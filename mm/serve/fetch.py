@@ -66,7 +66,10 @@ def fetch(url: str, limits: MediaLimits, kind: Kind | None = None, network: Netw
         answer = _ask(target, limits.bytes_of(kind), kind, deadline, network)
         if isinstance(answer, bytes):
             return answer
-        url = urljoin(str(target), answer.location)
+        try:
+            url = urljoin(str(target), answer.location)
+        except ValueError as error:  # brackets that hold no address
+            raise Refused("url_not_allowed", f"{target.host} redirects to no URL: {error}") from None
         if target.scheme == "https" and not url.lower().startswith("https:"):
             raise Refused("url_not_allowed", f"{target.host} redirects from https to something else")
     raise Refused("url_not_allowed", f"more than {limits.redirects} redirects")

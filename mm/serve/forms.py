@@ -16,6 +16,10 @@ from mm.serve.limits import Refused
 F = TypeVar("F", bound="Form")
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+V = TypeVar("V")
+Many = Annotated[list[V], Field(fail_fast=True)]  # of a hundred thousand mistakes the first is enough
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+Stop = Annotated[str, Field(max_length=1_000)]
 _PARAM = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 
 
@@ -75,11 +79,11 @@ Part = Annotated[
     TextPart | ImagePart | SoundPart | AudioPart | VideoPart | FilePart,
     Field(discriminator="type"),
 ]
-Text = str | list[TextPart]
+Text = str | Many[TextPart]
 
 
 class CalledFunction(Form):
-    name: str
+    name: Name
     arguments: str
     parsed_arguments: Any = None  # OpenAI's client sends back what it made of them
 
@@ -99,7 +103,7 @@ class SystemMessage(Form):
 
 class UserMessage(Form):
     role: Literal["user"]
-    content: str | list[Part]
+    content: str | Many[Part]
     name: str | None = None
 
 
@@ -124,10 +128,11 @@ class ToolMessage(Form):
 
 
 Message = Annotated[SystemMessage | UserMessage | AssistantMessage | ToolMessage, Field(discriminator="role")]
+Messages = Annotated[list[Message], Field(min_length=1, fail_fast=True)]
 
 
 class Function(Form):
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+    name: Name
     description: str = ""
     parameters: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
     strict: bool | None = None
@@ -174,10 +179,10 @@ class Sampling(Form):
     min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
     presence_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
-    repetition_penalty: Annotated[Number, Field(gt=0, le=10)] | None = None
+    repetition_penalty: Annotated[Number, Field(ge=0.01, le=10)] | None = None
     n: Annotated[int, Field(ge=1)] | None = None
     seed: Seed | None = None
-    stop: str | Annotated[list[str], Field(max_length=16)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
@@ -186,7 +191,7 @@ class Sampling(Form):
 class ChatForm(Sampling):
     """`thinking` and `thinking_budget` are ours."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Messages
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
@@ -206,7 +211,7 @@ class ChatForm(Sampling):
 
 
 class CompletionForm(Sampling):
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | Many[str] | Many[int] | Many[Many[int]]
     max_tokens: Annotated[int, Field(ge=0)] | None = None
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -216,7 +221,7 @@ class EmbeddingForm(Form):
     """An item of `input` that is a part of media is ours: its vector lies in the same space as those of texts."""
 
     model: str
-    input: str | Annotated[list[str | Part], Field(min_length=1)]
+    input: str | Annotated[list[str | Part], Field(min_length=1, fail_fast=True)]
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: int | None = None
     user: str | None = None
@@ -226,7 +231,7 @@ class ExplainForm(Form):
     """Ours: what the page shows of an answer. Without `answer`, of the model's own."""
 
     model: str
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Messages
     answer: str | None = None
 
 

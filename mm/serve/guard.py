@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import binascii
 import contextlib
 import hmac
 import logging
@@ -20,12 +19,12 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mm.serve.errors import error_response
-from mm.serve.limits import MediaLimits, Refused, ServeLimits
+from mm.serve.limits import GRACE, MediaLimits, Refused, ServeLimits
 from mm.serve.metrics import Metrics
 
 LOG = logging.getLogger("mm.serve")
-GRACE = 10.0  # seconds that a client has to read the end of an answer whose time is up
-READ_ON = 1.0  # seconds for the rest of a body that is refused
+LINGER = 5.0  # seconds that the rest of a refused request's body is awaited
+WITH_BODY = ("POST", "PUT", "PATCH")
 UPLOADS = "/v1/files"  # takes forms; all else that is sent is JSON
 LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 HEADERS = {
@@ -38,9 +37,8 @@ HEADERS = {
 
 
 class Guard:
-    """ASGI middleware. Puts into `scope["state"]`: `request_id`; `body` (bytes); `read`, whether that is all of it;
-    `client`, whose places the request takes; `deadline`, in the event loop's time; `exits`, an ExitStack that is closed
-    however the request ends."""
+    """ASGI middleware. Puts into `scope["state"]`: `request_id`; `body` (bytearray); `client`, whose places the request
+    takes; `deadline`, in the event loop's time; `exits`, an ExitStack that is closed however the request ends."""
 
     def __init__(
         self,
@@ -60,14 +58,17 @@ class Guard:
             if scope["type"] == "lifespan":
                 await self.app(scope, receive, send)
             return  # there are no websockets here
-        reply = _Reply(send, secrets.token_hex(8))
+        reply = _Reply(send, secrets.token_hex(8), scope["method"] in WITH_BODY)
         start = time.perf_counter()
         try:
             with ExitStack() as exits:
                 self._check(Headers(scope=scope))
                 state = scope.setdefault("state", {})
                 state |= {"request_id": reply.request_id, "exits": exits, "client": (scope.get("client") or ["?"])[0]}
+                # Nothing here is so large that pieces of it are worth the ways to ask for them.
+                scope["headers"] = [header for header in scope["headers"] if header[0] != b"range"]
                 state["body"] = await self._body(scope, receive, exits)
+                reply.unread = False
                 state["deadline"] = asyncio.get_running_loop().time() + self.limits.deadline_seconds
                 await self._answer(scope, receive, reply)
         except Refused as refused:
@@ -88,15 +89,14 @@ class Guard:
             # A page elsewhere can give its own name this machine's address (DNS rebinding).
             raise Refused("host_not_allowed", f"Host: {host}")
         origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc.lower() != host.lower():
+        if origin is not None and _place(origin) != host.lower():
             raise Refused("origin_not_allowed", f"Origin: {origin}, Host: {host}")
         if self._key is not None and not hmac.compare_digest(_given_key(headers), self._key.encode()):
             raise Refused("invalid_api_key", "no or another key")
 
-    async def _body(self, scope: Scope, receive: Receive, exits: ExitStack) -> bytes:
-        if scope["method"] not in ("POST", "PUT", "PATCH"):
-            scope["state"]["read"] = True
-            return b""
+    async def _body(self, scope: Scope, receive: Receive, exits: ExitStack) -> bytearray:
+        if scope["method"] not in WITH_BODY:
+            return bytearray()
         headers, most = Headers(scope=scope), self.media.body_bytes
         declared = headers.get("content-type", "").partition(";")[0].strip().lower()
         if declared != ("multipart/form-data" if scope["path"] == UPLOADS else "application/json"):
@@ -128,18 +128,19 @@ class Guard:
                         raise Refused("server_busy", f"bodies of {self._held:,} bytes are held")
                     body += chunk
                     if not message.get("more_body"):
-                        return bytes(body)
+                        return body
         except TimeoutError:
             raise Refused("body_timeout", f"{held:,} bytes in {self.limits.body_seconds:g} s") from None
 
     async def _answer(self, scope: Scope, receive: Receive, reply: _Reply) -> None:
         """Runs the route, for as long as there is a client to hear it."""
-        body: list[Message] = [{"type": "http.request", "body": scope["state"]["body"]}]
-        gone = asyncio.Event()
+        gone, read = asyncio.Event(), False
 
         async def replay() -> Message:
-            if body:
-                return body.pop()
+            nonlocal read
+            if not read:
+                read = True
+                return {"type": "http.request", "body": bytes(scope["state"].pop("body", b""))}
             await gone.wait()
             return {"type": "http.disconnect"}
 
@@ -174,16 +175,18 @@ class Guard:
         if refused.code == "invalid_api_key":
             page = "text/html" in Headers(scope=scope).get("accept", "")
             response.headers["WWW-Authenticate"] = 'Basic realm="mm", charset="UTF-8"' if page else "Bearer"
-        if refused.code == "body_timeout" or not await _read_on(scope, receive):
+        unread = reply.unread and not scope.get("state", {}).get("read")
+        if unread and not await _discarded(scope, receive):
             response.headers["Connection"] = "close"
         await response(scope, receive, reply)
 
 
 class _Reply:
-    """`send` with the headers that every answer has; knows how far the answer is."""
+    """`send` with the headers that every answer has; knows how far the answer is, and whether there is a body that was
+    not read."""
 
-    def __init__(self, send: Send, request_id: str) -> None:
-        self._send, self.request_id = send, request_id
+    def __init__(self, send: Send, request_id: str, unread: bool) -> None:
+        self._send, self.request_id, self.unread = send, request_id, unread
         self.status, self.started, self.complete = 0, False, False
 
     async def __call__(self, message: Message) -> None:
@@ -198,19 +201,28 @@ class _Reply:
         await self._send(message)
 
 
-async def _read_on(scope: Scope, receive: Receive) -> bool:
-    """Reads the rest of a body, into nothing and not for long: to close amid it would lose the answer on the way to a
-    client that still sends. Returns whether all was read."""
-    read = scope.get("state", {}).get("read", False)
+async def _discarded(scope: Scope, receive: Receive) -> bool:
+    """Whether the rest of the body came soon: a client that cannot send it all may never read why it was refused."""
+    if "expect" in Headers(scope=scope):
+        return False  # it waits to be asked for its body
     with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(READ_ON):
-            while not read:
-                read = not (await receive()).get("more_body")
-    return read
+        async with asyncio.timeout(LINGER):
+            while (await receive()).get("more_body"):
+                pass
+            return True
+    return False
 
 
 def log_refused(refused: Refused, request_id: str) -> None:
     LOG.info("%s refused, %s: %s", request_id, refused.code, refused.detail)
+
+
+def _place(origin: str) -> str | None:
+    """Name and port of an Origin."""
+    try:
+        return urlsplit(origin).netloc.lower()
+    except ValueError:
+        return None
 
 
 def _name(host: str) -> str | None:
@@ -225,10 +237,10 @@ def _given_key(headers: Headers) -> bytes:
     """`Bearer KEY`, or the password of `Basic`, which browsers ask for."""
     scheme, _, given = headers.get("authorization", "").partition(" ")
     if scheme.lower() == "bearer":
-        return given.strip().encode()
+        return given.strip().encode("latin-1")  # as headers were decoded
     if scheme.lower() == "basic":
         try:
             return base64.b64decode(given, validate=True).partition(b":")[2]
-        except binascii.Error:
+        except ValueError:  # what is not base64, and what is not ASCII
             return b""
     return b""

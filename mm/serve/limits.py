@@ -11,6 +11,7 @@ from mm.types import Kind
 
 # code -> HTTP status, and the sentence that a client is told with it. Nothing else is.
 CODES: dict[str, tuple[int, str]] = {
+    "malformed_request": (400, "This is not HTTP as it is understood here."),
     "malformed_json": (400, "The body is not JSON in UTF-8."),
     "too_deep": (400, "The body is nested too deeply."),  # than json_depth
     "too_many_items": (400, "The request has too many media, or too many values."),  # than `items` or json_values
@@ -48,6 +49,7 @@ CODES: dict[str, tuple[int, str]] = {
     "deadline_exceeded": (504, "The answer took longer than a request may."),
 }
 HOST = re.compile(r"(?=.{1,253}\Z)(?:[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?\.)*(?=[a-z0-9-]*[a-z])[a-z0-9-]{1,63}")
+GRACE = 10.0  # seconds that a client has to read the end of an answer whose time is up
 DETAIL = 500  # characters of the log's line
 
 
@@ -78,15 +80,15 @@ class MediaLimits:
     image_side: int = 8_000
     image_pixels: int = 64_000_000
     image_frames: int = 1_000  # of an animation, of which the first is read
-    audio_bytes: int = 25_000_000
+    audio_bytes: int = 20_000_000
     audio_seconds: float = 300.0
     audio_samples: int = 30_000_000  # over all channels: five minutes of 48 kHz stereo
-    video_bytes: int = 25_000_000
+    video_bytes: int = 20_000_000
     video_seconds: float = 600.0
     video_frames: int = 36_000
     video_pixels: int = 9_000_000  # of a frame: 4096 x 2160
     items: int = 16  # media of a request, each frame of a list of frames counted
-    body_bytes: int = 40_000_000
+    body_bytes: int = 28_000_000  # 20 MB in base64, and the chat
     json_depth: int = 64
     json_values: int = 100_000
     hosts: tuple[str, ...] = ()
@@ -125,11 +127,12 @@ class ServeLimits:
     max_length        positions of a chat, its media and its answer
     answer_tokens     of an answer whose request does not say
     cache_tokens      positions kept at a time, of all answers that are written and for those that begin alike
+    schema_bytes      of the JSON schema of an answer; those of tools that must be called count together
     choices           answers to one request (`n`)
     text_bytes        of all text in a request
     deadline_seconds  from the end of the body to the end of the answer
     held_bytes        bodies of all requests together, as they arrive and wait
-    connections       open at a time; beyond them those go that have been silent longest without a whole request
+    connections       open at a time; beyond them the one goes that has been silent longest and is not being answered
     upload_bytes      of files kept for requests to come, the oldest dropped first
     """
 
@@ -139,6 +142,7 @@ class ServeLimits:
     answer_tokens: int = 512
     cache_tokens: int = 32_768
     choices: int = 8
+    schema_bytes: int = 32_768  # making sense of 2,000 properties takes 2 s, of 9,000 more than a minute
     text_bytes: int = 1_000_000
     deadline_seconds: float = 120.0
     header_seconds: float = 10.0
@@ -156,3 +160,8 @@ class ServeLimits:
             raise ValueError(
                 f"cache_tokens={self.cache_tokens} hold no chat of max_length={self.max_length}; give at least as many"
             )
+
+    @property
+    def request_seconds(self) -> float:
+        """From the end of a request's head to the end of its answer, whatever its client does not send or read."""
+        return self.body_seconds + self.deadline_seconds + 2 * GRACE

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -13,12 +14,14 @@ from mm.serve.limits import Refused, ServeLimits
 from mm.serve.toolcalls import forced_schema, offered
 
 T = TypeVar("T")
+COLDEST = 1e-5  # below this temperature logits overflow, and the likeliest token is as good as certain
 _SAME = ("top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
 
 
 def sampling(form: Sampling) -> dict[str, Any]:
     """What is not given is OpenAI's default: temperature 1."""
-    options: dict[str, Any] = {"temperature": 1.0 if form.temperature is None else form.temperature}
+    temperature = 1.0 if form.temperature is None else form.temperature
+    options: dict[str, Any] = {"temperature": temperature if temperature >= COLDEST else 0.0}
     options |= {name: value for name in _SAME if (value := getattr(form, name)) is not None}
     if form.top_p == 1.0:
         del options["top_p"]  # all of them
@@ -29,7 +32,7 @@ def sampling(form: Sampling) -> dict[str, Any]:
     return options
 
 
-def chat_options(form: ChatForm) -> dict[str, Any]:
+def chat_options(form: ChatForm, limits: ServeLimits) -> dict[str, Any]:
     """Raises Refused for combinations that make no sense."""
     options = sampling(form)
     if form.top_logprobs is not None and not form.logprobs:
@@ -43,7 +46,10 @@ def chat_options(form: ChatForm) -> dict[str, Any]:
     if schema is not None and forced is not None:
         raise Refused("invalid_value", "response_format and a tool_choice that must call", "response_format")
     if schema is not None or forced is not None:
-        options["json_schema"] = forced if schema is None else schema
+        wanted = forced if schema is None else schema
+        if (size := len(json.dumps(wanted))) > limits.schema_bytes:
+            raise Refused("invalid_schema", f"{size:,} bytes of schema, more than {limits.schema_bytes:,}")
+        options["json_schema"] = wanted
     return options
 
 

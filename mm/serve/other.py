@@ -31,7 +31,7 @@ EXPLAINED = 48  # tokens of an answer that is explained
 
 async def embed(server: Server, request: Request) -> Response:
     """Vectors of texts and media in the space that the alignment tower gives them both."""
-    form = server.form(EmbeddingForm, request)
+    form = await server.form(EmbeddingForm, request)
     head = server.model.embedding_head
     if head is None:
         raise Refused("not_supported", "the model has no alignment tower: embedding_dim is not set")
@@ -96,10 +96,10 @@ def _coded(vector: np.ndarray, encoding: str) -> Any:
 
 async def explained(server: Server, request: Request) -> Response:
     """The page that shows where an answer looked."""
-    form = server.form(ExplainForm, request)
+    form = await server.form(ExplainForm, request)
     server.take_place(request)
     messages = await server.messages(form.messages, [])
-    sample = told(sample_of_messages, messages, "chat", "messages")
+    sample = await server.in_thread(told, sample_of_messages, messages, "chat", "messages")
     named = [replace(item, name=f"{item.kind} {number}") for number, item in enumerate(sample.media, 1)]
     sample = replace(sample, media=named)
     prepare = server.worker.engine.prepare

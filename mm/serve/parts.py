@@ -82,7 +82,12 @@ class Opener:
     async def _open_all(self, parts: Sequence[Part]) -> list[Media]:
         loop = asyncio.get_running_loop()
         ready = [(part, self._stored(part)) for part in parts]
-        return await asyncio.gather(*(loop.run_in_executor(self._pool, self._open, *each) for each in ready))
+        opening = [loop.run_in_executor(self._pool, self._open, *each) for each in ready]
+        try:
+            return await asyncio.gather(*opening)
+        finally:  # once one is refused, or the client has gone, those that have not begun never do
+            for each in opening:
+                each.cancel()
 
     def _stored(self, part: Part) -> bytes | None:
         if isinstance(part, FilePart) and part.file.file_id is not None:
@@ -122,9 +127,9 @@ class Opener:
         return decode_base64(given, self._limits.bytes_of(None))
 
 
-def text_bytes(messages: Iterable[Message]) -> int:
+def text_bytes(messages: Iterable[Message], tools: Iterable[Tool] = ()) -> int:
     """Bytes of all text that the model is to read."""
-    total = 0
+    total = sum(len(tool.model_dump_json().encode()) for tool in tools)
     for message in messages:
         for part in _parts(message.content or ""):
             total += len(part.text.encode()) if isinstance(part, TextPart) else 0

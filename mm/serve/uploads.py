@@ -66,6 +66,8 @@ class Uploads:
 async def upload(server: Server, request: Request) -> Response:
     """POST /v1/files: a form with `file` and `purpose`."""
     server.take_place(request)
+    if "charset" in request.headers["content-type"].lower():  # Python knows some that are no encodings of text
+        raise Refused("unsupported_media_type", "a form that names a charset; UTF-8 is understood")
     async with request.form(max_files=1, max_fields=8, max_part_size=1 << 16) as form:
         file, purpose = form.get("file"), form.get("purpose")
         if not isinstance(file, UploadFile):

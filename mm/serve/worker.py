@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from mm.generation.batching import Engine
+from mm.generation.constraints import FormNotFollowed
 from mm.generation.logprobs import TokenLogprob
 from mm.generation.tickets import Ticket
 from mm.serve.limits import Refused
@@ -51,6 +52,8 @@ class Answers:
                 raise Refused("deadline_exceeded", f"{going} answers were not finished") from None
             if isinstance(event, Refused):
                 raise event
+            if isinstance(event, FormNotFollowed):
+                raise Refused("invalid_schema", str(event), "response_format")
             if isinstance(event, Exception):
                 raise Refused("model_failed", f"{type(event).__name__}: {event}") from event
             going -= event is None

@@ -39,5 +39,7 @@ def always_say(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     """Lets the model say nothing else to any chat: as whoever has learned it would, token by token."""
     options = mm.serve.chat.chat_options
     monkeypatch.setattr(
-        mm.serve.chat, "chat_options", lambda form: {**options(form), "regex": re.escape(text), "json_schema": None}
+        mm.serve.chat,
+        "chat_options",
+        lambda *given: {**options(*given), "regex": re.escape(text), "json_schema": None},
     )

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
+from mm.model import MultimodalModel
 from mm.serve.fetch import Network
 from mm.serve.media import MediaDecoder
 from mm.testing import tiny_model
+
+from .attack import text_model
 
 PUBLIC = "93.184.215.14"  # stands for the server of `Web`; no packet goes there
 
@@ -142,3 +146,28 @@ def decoder() -> Iterator[MediaDecoder]:
     """Of a tiny model with all towers, default limits."""
     with MediaDecoder(tiny_model().media_specs()) as decoder:
         yield decoder
+
+
+@pytest.fixture(scope="session")
+def plain() -> MultimodalModel:
+    """A model of text alone, whose server starts at once."""
+    return text_model()
+
+
+@pytest.fixture
+def tell(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """Prints a line of what was counted, where `-v` asks for more than dots."""
+    capture: Any = request.config.pluginmanager.getplugin("capturemanager")
+
+    def print_line(line: str) -> None:
+        if request.config.get_verbosity() > 0:
+            with capture.global_and_fixture_disabled():
+                print(f"\n  counted: {line}")
+
+    return print_line
+
+
+@pytest.fixture(scope="session")
+def model() -> MultimodalModel:
+    """One with all towers and an alignment tower."""
+    return tiny_model(embedding_dim=8).eval()
