@@ -1,13 +1,15 @@
 // Products of few rows with large matrices, as in decoding: y = x W^T, at the speed at which W can be read.
 //
 // A BLAS is made for many rows: with one it reaches 0.6 to 0.8 of the memory's bandwidth here, with eight 0.2 to 0.4
-// (benchmarks/few_rows.py). Here each row of W is read once for up to eight rows of x, and several rows of W at a time
-// where there is one. Every number of y is summed in the same order whatever the number of rows: a request gets in a
-// batch, to the last bit, what it gets alone.
+// (benchmarks/few_rows.py). Here each row of W is read once for up to eight rows of x. What is read is two or four long
+// streams, each going on from row to row: the processor fetches ahead in them by itself, faster than in one, and than
+// in eight that begin anew with every row. Every number of y is summed in the same order whatever the number of rows: a
+// request gets in a batch, to the last bit, what it gets alone.
 //
 // x (M, K) float32; w (E, N, K), float32 or bfloat16; y (M, N) float32. `group` names each row's matrix among the E, or
 // is NULL where all have the first. No argument may overlap another. Returns 0, or 1 where memory is short.
 
+#include <omp.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -22,8 +24,7 @@
 #define LANES 8
 #endif
 #define STEP (2 * LANES)
-#define BLOCK 32   // rows of W that one thread takes at a time
-#define AHEAD 512  // numbers that are fetched ahead of use, where a row of W is used by several of x
+#define BLOCK 128  // rows of W that one thread takes at a time, or somewhat fewer
 
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef uint32_t bits __attribute__((vector_size(4 * LANES), aligned(2), may_alias));
@@ -74,24 +75,17 @@ static void lay_out(const float *x, float *to, ptrdiff_t K, ptrdiff_t padded, in
 
 #define UNROLL _Pragma("GCC unroll 8")
 
-// RN rows of W with RM rows of x; row m of the result goes to y + row[m] * N. x has rows of `padded` numbers.
+// RN rows of W, `apart` rows from one to the next, with RM rows of x, which have `padded` numbers; row m of the result
+// goes to y + row[m] * N.
 #define TILE(NAME, TYPE, LOAD, RN, RM)                                                                                 \
     static inline void NAME(const float *x, const TYPE *w, float *y, const ptrdiff_t *row, ptrdiff_t N, ptrdiff_t K,   \
-                            ptrdiff_t padded) {                                                                        \
+                            ptrdiff_t padded, ptrdiff_t apart) {                                                       \
         vec sum[RN][RM];                                                                                               \
         UNROLL for (int n = 0; n < RN; n++) UNROLL for (int m = 0; m < RM; m++) sum[n][m] = (vec){0};                  \
-        if (RM == 1) /* where the next tile's rows begin: the processor finds out the rest of them */                  \
-            for (int n = 0; n < RN; n++) {                                                                             \
-                __builtin_prefetch(w + (n + RN) * K);                                                                  \
-                __builtin_prefetch((const char *)(w + (n + RN) * K) + 64);                                             \
-            }                                                                                                          \
         ptrdiff_t k = 0;                                                                                               \
         for (; k + STEP <= K; k += STEP) {                                                                             \
             pair a[RN];                                                                                                \
-            UNROLL for (int n = 0; n < RN; n++) {                                                                      \
-                a[n] = LOAD(w + n * K + k);                                                                            \
-                if (RM > 1) __builtin_prefetch(w + n * K + k + AHEAD);                                                 \
-            }                                                                                                          \
+            UNROLL for (int n = 0; n < RN; n++) a[n] = LOAD(w + n * apart * K + k);                                    \
             UNROLL for (int m = 0; m < RM; m++) {                                                                      \
                 pair b = load_float(x + m * padded + k);                                                               \
                 UNROLL for (int n = 0; n < RN; n++) sum[n][m] = fused(a[n].a, b.a, sum[n][m]);                         \
@@ -101,7 +95,7 @@ static void lay_out(const float *x, float *to, ptrdiff_t K, ptrdiff_t padded, in
         if (k < K)                                                                                                     \
             for (int n = 0; n < RN; n++) {                                                                             \
                 TYPE rest[STEP] = {0};                                                                                 \
-                memcpy(rest, w + n * K + k, (size_t)(K - k) * sizeof *rest);                                           \
+                memcpy(rest, w + n * apart * K + k, (size_t)(K - k) * sizeof *rest);                                   \
                 pair a = LOAD(rest);                                                                                   \
                 for (int m = 0; m < RM; m++) {                                                                         \
                     pair b = load_float(x + m * padded + k);                                                           \
@@ -109,33 +103,36 @@ static void lay_out(const float *x, float *to, ptrdiff_t K, ptrdiff_t padded, in
                     sum[n][m] = fused(a.b, b.b, sum[n][m]);                                                            \
                 }                                                                                                      \
             }                                                                                                          \
-        UNROLL for (int n = 0; n < RN; n++) UNROLL for (int m = 0; m < RM; m++) y[row[m] * N + n] = total(sum[n][m]);  \
+        UNROLL for (int n = 0; n < RN; n++) UNROLL for (int m = 0; m < RM; m++)                                        \
+            y[row[m] * N + n * apart] = total(sum[n][m]);                                                              \
     }
 
+// Rows begin..end of W in WIDE parts, a row of each at a time; then what is left over.
 #define SWEEP(NAME, ROWS, WIDE)                                                                                        \
     for (; m + ROWS <= rows; m += ROWS) {                                                                              \
-        ptrdiff_t n = begin;                                                                                           \
-        for (; n + WIDE <= end; n += WIDE) NAME##_##ROWS(x + m * padded, w + n * K, y + n, row + m, N, K, padded);     \
-        for (; n < end; n++) NAME##_##ROWS##_last(x + m * padded, w + n * K, y + n, row + m, N, K, padded);            \
+        ptrdiff_t n = begin, part = (end - begin) / WIDE;                                                              \
+        for (; n < begin + part; n++) NAME##_##ROWS(x + m * padded, w + n * K, y + n, row + m, N, K, padded, part);    \
+        for (n += (WIDE - 1) * part; n < end; n++)                                                                     \
+            NAME##_##ROWS##_last(x + m * padded, w + n * K, y + n, row + m, N, K, padded, 0);                          \
     }
 
 // Rows begin..end of one matrix with all the rows of x that go with it, eight, four, two or one at a time.
 #define BLOCKS(NAME, TYPE, LOAD)                                                                                       \
-    TILE(NAME##_8, TYPE, LOAD, 1, 8)                                                                                   \
+    TILE(NAME##_8, TYPE, LOAD, 2, 8)                                                                                   \
     TILE(NAME##_8_last, TYPE, LOAD, 1, 8)                                                                              \
     TILE(NAME##_4, TYPE, LOAD, 2, 4)                                                                                   \
     TILE(NAME##_4_last, TYPE, LOAD, 1, 4)                                                                              \
     TILE(NAME##_2, TYPE, LOAD, 4, 2)                                                                                   \
     TILE(NAME##_2_last, TYPE, LOAD, 1, 2)                                                                              \
-    TILE(NAME##_1, TYPE, LOAD, 8, 1)                                                                                   \
+    TILE(NAME##_1, TYPE, LOAD, 4, 1)                                                                                   \
     TILE(NAME##_1_last, TYPE, LOAD, 1, 1)                                                                              \
     static void NAME(const float *x, const TYPE *w, float *y, const ptrdiff_t *row, ptrdiff_t rows,                    \
                      ptrdiff_t begin, ptrdiff_t end, ptrdiff_t N, ptrdiff_t K, ptrdiff_t padded) {                     \
         ptrdiff_t m = 0;                                                                                               \
-        SWEEP(NAME, 8, 1)                                                                                              \
+        SWEEP(NAME, 8, 2)                                                                                              \
         SWEEP(NAME, 4, 2)                                                                                              \
         SWEEP(NAME, 2, 4)                                                                                              \
-        SWEEP(NAME, 1, 8)                                                                                              \
+        SWEEP(NAME, 1, 4)                                                                                              \
     }
 
 BLOCKS(multiply_float, float, load_float)
@@ -164,10 +161,10 @@ int few_rows(const float *x, const void *w, float *y, const int64_t *group, ptrd
         if (place > begin) used[present++] = e;
     }
     first[E] = place;
-    ptrdiff_t blocks = (N + BLOCK - 1) / BLOCK;
+    ptrdiff_t threads = omp_get_max_threads(), blocks = (N + BLOCK * threads - 1) / (BLOCK * threads) * threads;
 #pragma omp parallel for schedule(static)
     for (ptrdiff_t task = 0; task < present * blocks; task++) {
-        ptrdiff_t e = used[task / blocks], begin = task % blocks * BLOCK, end = begin + BLOCK < N ? begin + BLOCK : N;
+        ptrdiff_t e = used[task / blocks], b = task % blocks, begin = N * b / blocks, end = N * (b + 1) / blocks;
         ptrdiff_t from = first[e], count = first[e + 1] - from;
         if (is_bfloat)
             multiply_bfloat(rows + from * padded, (const uint16_t *)w + e * N * K, y, row + from, count, begin, end, N,
