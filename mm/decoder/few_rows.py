@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-MOST_ROWS = 16  # with as many it is 0.8 to 1.9 times as fast as torch, by shape (benchmarks/few_rows.py)
+MOST_ROWS = 16  # with as many it is 0.9 to 2.1 times as fast as torch, by shape (benchmarks/few_rows.py)
 DTYPES = (torch.float32, torch.bfloat16)
 SOURCE = Path(__file__).with_suffix(".cpp")
 TORCH = Path(torch.__file__).parent
