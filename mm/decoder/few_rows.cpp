@@ -1,0 +1,206 @@
+// Products of few rows with large matrices, as in decoding: y = x W^T, at the speed at which W can be read.
+//
+// A BLAS is made for many rows: with one it reaches 0.6 to 0.8 of the memory's bandwidth here, with eight 0.2 to 0.4
+// (benchmarks/few_rows.py). Here each row of W is read once for up to eight rows of x. What is read is two or four long
+// streams, each going on from row to row: the processor fetches ahead in them by itself, faster than in one, and than
+// in eight that begin anew with every row. Every number of y is summed in the same order whatever the number of rows: a
+// request gets in a batch, to the last bit, what it gets alone.
+//
+// At the end of this file it becomes torch's operator mm::few_rows on the CPU, which a compiled program calls directly.
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <optional>
+#include <vector>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#if defined(__AVX512F__) || defined(__FMA__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+#ifdef __AVX512F__
+constexpr ptrdiff_t LANES = 16;
+#else
+constexpr ptrdiff_t LANES = 8;
+#endif
+constexpr ptrdiff_t STEP = 2 * LANES;
+constexpr ptrdiff_t BLOCK = 128;  // rows of W that one thread takes at a time, or somewhat fewer
+
+typedef float Lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint32_t Bits __attribute__((vector_size(4 * LANES), aligned(2), may_alias));
+typedef uint16_t bfloat;  // the upper half of a float
+
+struct Pair {
+    Lanes a, b;
+};
+
+// STEP numbers: of float32 the first half and the second, of bfloat16 those at even places and those at odd ones, which
+// takes a shift and a mask where putting them in order would take shuffles. x is laid out to match (lay_out).
+inline Pair load(const float *p) { return {*(const Lanes *)p, *(const Lanes *)(p + LANES)}; }
+inline Pair load(const bfloat *p) {
+    Bits both = *(const Bits *)p;
+    return {(Lanes)(both << 16), (Lanes)(both & 0xffff0000u)};
+}
+
+// A row of x as the tiles read it: float32, filled up with zeros to a multiple of STEP, in `load`'s order for W.
+inline void lay_out(const float *x, float *to, ptrdiff_t K) { memcpy(to, x, (size_t)K * sizeof *to); }
+inline void lay_out(const bfloat *x, float *to, ptrdiff_t K) {
+    for (ptrdiff_t k = 0; k < K; k++) {
+        uint32_t bits = (uint32_t)x[k] << 16;
+        memcpy(to + k / STEP * STEP + k % STEP / 2 + k % 2 * LANES, &bits, sizeof bits);
+    }
+}
+
+inline void store(float *to, float value) { *to = value; }
+inline void store(bfloat *to, float value) {  // the nearest, of two as near the even one; NaN stays NaN
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    *to = value != value ? 0x7fc0 : (bfloat)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+// a * b + c: told, not left to the compiler, which fuses one product here and another there.
+inline Lanes fused(Lanes a, Lanes b, Lanes c) {
+#if defined(__AVX512F__)
+    return (Lanes)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+    return (Lanes)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+    return a * b + c;
+#endif
+}
+
+// In pairs: with rows of a few hundred numbers, adding one lane after the other takes as long as the products.
+inline float total(Lanes v) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps((__m512)v);
+#elif defined(__FMA__)
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+#else
+    float s = 0;
+    for (int i = 0; i < LANES; i++) s += v[i];
+    return s;
+#endif
+}
+
+#define UNROLL _Pragma("GCC unroll 8")
+
+// One matrix w (N, K) and the rows of x that go with it, laid out, `padded` numbers each; row[m] is the m-th's in y.
+template <typename T>
+struct Product {
+    const float *x;
+    const T *w;
+    T *y;
+    const ptrdiff_t *row;
+    ptrdiff_t rows, N, K, padded;
+
+    // RM rows of x from m, with RN rows of w from n, `apart` rows from one to the next.
+    template <int RM, int RN>
+    void tile(ptrdiff_t m0, ptrdiff_t n0, ptrdiff_t apart) const {
+        const float *x = this->x + m0 * padded;
+        const T *w = this->w + n0 * K;
+        Lanes sum[RN][RM] = {};
+        auto add = [&](const Pair *a, ptrdiff_t k) {
+            UNROLL for (int m = 0; m < RM; m++) {
+                Pair b = load(x + m * padded + k);
+                UNROLL for (int n = 0; n < RN; n++) sum[n][m] = fused(a[n].a, b.a, sum[n][m]);
+                UNROLL for (int n = 0; n < RN; n++) sum[n][m] = fused(a[n].b, b.b, sum[n][m]);
+            }
+        };
+        Pair a[RN];
+        ptrdiff_t k = 0;
+        for (; k + STEP <= K; k += STEP) {
+            UNROLL for (int n = 0; n < RN; n++) a[n] = load(w + n * apart * K + k);
+            add(a, k);
+        }
+        if (k < K) {
+            for (int n = 0; n < RN; n++) {
+                T rest[STEP] = {};
+                memcpy(rest, w + n * apart * K + k, (size_t)(K - k) * sizeof *rest);
+                a[n] = load(rest);
+            }
+            add(a, k);
+        }
+        UNROLL for (int n = 0; n < RN; n++)
+            UNROLL for (int m = 0; m < RM; m++) store(y + row[m0 + m] * N + n0 + n * apart, total(sum[n][m]));
+    }
+
+    // RM rows of x at a time, as often as there are so many; w's rows begin..end in RN parts, a row of each at a time,
+    // then what is left over. Returns the first row of x that is still to do.
+    template <int RM, int RN>
+    ptrdiff_t sweep(ptrdiff_t m, ptrdiff_t begin, ptrdiff_t end) const {
+        for (; m + RM <= rows; m += RM) {
+            ptrdiff_t part = (end - begin) / RN;
+            for (ptrdiff_t n = begin; n < begin + part; n++) tile<RM, RN>(m, n, part);
+            for (ptrdiff_t n = begin + RN * part; n < end; n++) tile<RM, 1>(m, n, 0);
+        }
+        return m;
+    }
+
+    void block(ptrdiff_t begin, ptrdiff_t end) const {
+        ptrdiff_t m = sweep<8, 2>(0, begin, end);
+        m = sweep<4, 2>(m, begin, end);
+        m = sweep<2, 4>(m, begin, end);
+        sweep<1, 4>(m, begin, end);
+    }
+};
+
+using torch::stable::Tensor;
+
+// x (M, K), w (E, N, K) and y (M, N); `group` names each row's matrix among the E, or is null where all have the first.
+template <typename T>
+void multiply(const Tensor &x, const Tensor &w, const Tensor &y, const int64_t *group, ptrdiff_t E) {
+    const ptrdiff_t M = y.size(0), N = y.size(1), K = x.size(1), padded = (K + STEP - 1) / STEP * STEP;
+    const T *from = (const T *)x.const_data_ptr();
+    // Rows in the order of their matrices.
+    std::vector<float> rows((size_t)(M * padded));
+    std::vector<ptrdiff_t> row;
+    std::vector<Product<T>> products;
+    row.reserve((size_t)M);
+    for (ptrdiff_t e = 0; e < E; e++) {
+        ptrdiff_t begin = (ptrdiff_t)row.size();
+        for (ptrdiff_t m = 0; m < M; m++)
+            if (!group || group[m] == e) {
+                lay_out(from + m * K, rows.data() + (ptrdiff_t)row.size() * padded, K);
+                row.push_back(m);
+            }
+        if (ptrdiff_t count = (ptrdiff_t)row.size() - begin)
+            products.push_back({rows.data() + begin * padded, (const T *)w.const_data_ptr() + e * N * K,
+                                (T *)y.mutable_data_ptr(), row.data() + begin, count, N, K, padded});
+    }
+    const ptrdiff_t threads = torch::stable::get_num_threads();
+    const ptrdiff_t blocks = (N + BLOCK * threads - 1) / (BLOCK * threads) * threads;
+    torch::stable::parallel_for(0, (ptrdiff_t)products.size() * blocks, 1, [&](int64_t task, int64_t last) {
+        for (; task < last; task++)
+            products[task / blocks].block(N * (task % blocks) / blocks, N * (task % blocks + 1) / blocks);
+    });
+}
+
+// few_rows.py says what it takes and returns.
+Tensor few_rows(Tensor x, Tensor weight, std::optional<Tensor> group) {
+    using torch::headeronly::ScalarType;
+    const ScalarType dtype = x.scalar_type();
+    const bool fits = x.dim() == 2 && weight.dim() == (group ? 3 : 2) && weight.is_contiguous() &&
+                      weight.scalar_type() == dtype && weight.size(-1) == x.size(1) &&
+                      (!group || (group->scalar_type() == ScalarType::Long && group->numel() == x.size(0)));
+    STD_TORCH_CHECK(fits && (dtype == ScalarType::Float || dtype == ScalarType::BFloat16),
+                    "few_rows: x (M, K), weight (N, K) or (E, N, K) with group (M,) int64, all contiguous float32 or "
+                    "all bfloat16");
+    if (!x.is_contiguous()) x = torch::stable::contiguous(x);
+    if (group && !group->is_contiguous()) group = torch::stable::contiguous(*group);
+    const std::vector<int64_t> shape = {x.size(0), weight.size(-2)};
+    Tensor y = group ? torch::stable::new_zeros(x, shape) : torch::stable::new_empty(x, shape);
+    const int64_t *names = group ? (const int64_t *)group->const_data_ptr() : nullptr;
+    (dtype == ScalarType::Float ? multiply<float> : multiply<bfloat>)(x, weight, y, names, group ? weight.size(0) : 1);
+    return y;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(mm, CPU, library) { library.impl("few_rows", TORCH_BOX(&few_rows)); }
