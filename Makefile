@@ -41,7 +41,7 @@ clean-demo:
 
 venv: $(VENV)/.installed
 
-# Compiled here and now, or every command would compile torch anew where Python may not write beside its packages.
+# Python is compiled here and now, or every command would compile torch anew where Python may not write beside its packages.
 # torch, torchvision and torchaudio all come from the default index: a CPU-only torch from elsewhere would not fit the others.
 $(VENV)/.installed: pyproject.toml constraints.txt | clock
 	@start=$$(date +%s.%N); \
@@ -53,6 +53,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt | clock
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV); \
 	$(BIN)/python -m pip install --quiet -c constraints.txt uv; \
 	$(BIN)/uv pip install --compile-bytecode --python $(BIN)/python -c constraints.txt -e '.[$(EXTRAS)]'; \
+	$(BIN)/python -W default -c 'from mm.decoder.few_rows import has_kernel; has_kernel()'; \
 	{ set +x; } 2>/dev/null; \
 	$(BIN)/python -c "print(round($$(date +%s.%N) - $$start, 1))" > $(SECONDS_FILE); \
 	touch $@

@@ -1,42 +1,33 @@
 """Greedy decoding, tokens a second: `model.generate` against transformers' on the same random weights, and the memory.
 
     OMP_NUM_THREADS=1 python benchmarks/decode.py --clock cpu      a shared machine: CPU seconds of one thread
-    python benchmarks/decode.py [--models llama,moe] [--dtypes float32,bfloat16] [--batches 1,8] [--json FILE]
+    python benchmarks/decode.py [--models llama,moe] [--dtypes float32,bfloat16] [--batches 1,8]
 
 A Llama of 47M parameters and a Qwen3-MoE of 97M (26 experts, 4 chosen), a prompt of 16 tokens and 32 new ones, the
 prompt's time taken off. The limit of a step is the time in which its weights can be read once (a sum over 512 MiB, in
 the same run); with 8 rows every expert counts that some row is expected to choose. Runs alternate; medians.
-
-Goals: one row against transformers 2x dense and 2.5x MoE, and .75 (float32) and .55 (bfloat16) of the limit for the
-dense model; eight rows 1.2x.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
-import time
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from common import Bench, spread
 from torch import Tensor
 
 import mm
 
 PROMPT, NEW = 16, 32
-GOALS = {("llama", 1): 2.0, ("moe", 1): 2.5, ("llama", 8): 1.2, ("moe", 8): 1.2}
-LIMIT_GOALS = {"float32": 0.75, "bfloat16": 0.55}
-LINE = (
-    "| {model} | {dtype} | {rows} | {run} | {tokens_per_second:.1f} | {share_of_limit:.2f} | {ratio:.2f} "
-    "| {spread:.0%} | {same_tokens:.2f} |"
-)
+RATIOS = {("llama", 1): (2.0, 2.5), ("moe", 1): (2.5, 3.5), ("llama", 8): (1.2, 2.5), ("moe", 8): (1.2, 2.5)}
+SHARES = {"torch.float32": (0.75, 0.9), "torch.bfloat16": (0.55, 0.8)}  # of the dense model with one row
 COMMON: dict[str, Any] = {"vocab_size": 16384, "num_hidden_layers": 8, "tie_word_embeddings": True}
 
 
@@ -76,7 +67,7 @@ def per_token(generate: Callable[[int], Any], clock: Callable[[], float]) -> flo
     return (clock() - first - (first - start)) / (NEW - 1)
 
 
-def measure(name: str, dtype: torch.dtype, rows: int, caches: list[str], repeats: int, clock: Any) -> list[dict]:
+def measure(bench: Bench, name: str, dtype: torch.dtype, rows: int, caches: list[str]) -> None:
     theirs = reference(name).to(dtype).eval()
     with tempfile.TemporaryDirectory() as folder:
         theirs.save_pretrained(folder)
@@ -91,79 +82,53 @@ def measure(name: str, dtype: torch.dtype, rows: int, caches: list[str], repeats
         f"mm, cache {cache}": lambda count, cache=cache: ours.generate(ids, max_new_tokens=count, stop=(), cache=cache)
         for cache in caches
     }
-    memory = torch.ones(2**27)
-
-    def bandwidth() -> float:
-        start = clock()
-        memory.sum()
-        return 2**29 / (clock() - start)
-
-    expected = by_transformers(NEW)
+    memory, expected = torch.ones(2**27), by_transformers(NEW)
     same = {run: float((generate(NEW) == expected).float().mean()) for run, generate in runs.items()}
     times: dict[str, list[float]] = {run: [] for run in runs}
     speeds: list[float] = []
-    for _ in range(repeats):
+    for _ in range(bench.args.repeats):
         for run, generate in runs.items():
-            speeds.append(bandwidth())
-            times[run].append(per_token(generate, clock))
+            start = bench.clock()
+            memory.sum()
+            speeds.append(2**29 / (bench.clock() - start))
+            times[run].append(per_token(generate, bench.clock))
     limit = statistics.median(speeds) / bytes_per_step(theirs, rows)  # steps a second
     base = statistics.median(times["transformers"])
-    return [
-        {
-            "model": name, "dtype": str(dtype).removeprefix("torch."), "rows": rows, "run": run,
-            "tokens_per_second": rows / statistics.median(taken),
-            "share_of_limit": 1 / statistics.median(taken) / limit,
-            "ratio": base / statistics.median(taken), "spread": (max(taken) - min(taken)) / statistics.median(taken),
-            "same_tokens": same[run],
-        }
-        for run, taken in times.items()
-    ]  # fmt: skip
-
-
-def missed(row: dict[str, Any]) -> list[str]:
-    """The goals that a row of `mm` with the static cache falls short of."""
-    if row["run"] != "mm, cache static":
-        return []
-    found = []
-    if row["ratio"] < (goal := GOALS[row["model"], row["rows"]]):
-        found.append(f"{row['ratio']:.2f}x of {goal}x")
-    if row["model"] == "llama" and row["rows"] == 1 and row["share_of_limit"] < (goal := LIMIT_GOALS[row["dtype"]]):
-        found.append(f"{row['share_of_limit']:.2f} of the limit, goal {goal}")
-    return found
+    what = f"{name}, {str(dtype).removeprefix('torch.')}, {rows} row{'s' * (rows > 1)}"
+    for run, taken in times.items():
+        seconds = statistics.median(taken)
+        common = {"what": what, "run": run, "rate": rows / seconds, "unit": "tokens/s", "noise": spread(taken)}
+        share = {"limit": "the bandwidth", "share": 1 / seconds / limit, "judged": "share"}
+        if run == "transformers":
+            bench.add(**common, **share)
+            continue
+        judged = run == "mm, cache static"
+        floor, goal = RATIOS.get((name, rows), (None, None)) if judged else (None, None)
+        bench.add(**common, peer="transformers", ratio=base / seconds, judged="ratio", floor=floor, goal=goal)
+        floor, goal = SHARES[str(dtype)] if judged and (name, rows) == ("llama", 1) else (None, None)
+        bench.add(**common, **share, floor=floor, goal=goal)
+        if same[run] < 1:
+            bench.note(f"{what}, {run}: {same[run]:.0%} of its tokens are transformers' (random weights, rounding)")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", default="llama,moe")
-    parser.add_argument("--dtypes", default="float32")
-    parser.add_argument("--batches", default="1,8")
-    parser.add_argument("--caches", default="dynamic,static")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
+    bench = Bench(__doc__, _arguments)
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
-    clock = time.process_time if args.clock == "cpu" else time.perf_counter
-    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
-    print(f"{versions}, {torch.get_num_threads()} threads, {args.clock} clock")
-    print("| model | dtype | rows | run | tokens/s | of the limit | against transformers | spread | same tokens |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
-    rows, failures = [], []
+    args = bench.args
     for name in args.models.split(","):
         for dtype in args.dtypes.split(","):
             for count in map(int, args.batches.split(",")):
                 with torch.inference_mode():
-                    found = measure(name, getattr(torch, dtype), count, args.caches.split(","), args.repeats, clock)
-                for row in found:
-                    print(LINE.format(**row), flush=True)
-                    failures += [f"{name} {dtype} {count} rows: {what}" for what in missed(row)]
-                rows += found
-    if args.json is not None:
-        args.json.write_text(json.dumps(rows, indent=1) + "\n")
-    for failure in failures:
-        print("missed:", failure)
-    return 1 if failures else 0
+                    measure(bench, name, getattr(torch, dtype), count, args.caches.split(","))
+    return bench.end()
+
+
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--models", default="llama,moe")
+    parser.add_argument("--dtypes", default="float32")
+    parser.add_argument("--batches", default="1,8")
+    parser.add_argument("--caches", default="dynamic,static")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ SUITE: dict[str, list[str]] = {
     "machine": [],
     "moe": ["--repeats", "5"],
     "attention": ["--repeats", "3"],
-    "decode": ["--repeats", "5", "--caches", "static"],
+    "decode": ["--repeats", "5", "--caches", "static", "--dtypes", "float32,bfloat16"],
     "train_step": ["--repeats", "5"],
     "images": [],
     "reading": ["--repeats", "5"],

@@ -12,19 +12,17 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
 from mm.datasets.packing import collate
-from mm.datasets.processor import EncodedMedia
 from mm.fusion.splice import Features, splice
 from mm.generation.caches.paged import OutOfPages, PagedView, Pages, Table
-from mm.generation.content import Remembered, beside, digest
+from mm.generation.content import Counts, Remembered, beside
 from mm.generation.logprobs import TokenLogprob, likelihoods
-from mm.generation.options import Decoding, Options
+from mm.generation.options import Decoding, Options, unsupported
 from mm.generation.requests import (
     ContextTooLong,
     Prompts,
@@ -41,19 +39,6 @@ from mm.generation.tickets import Ticket
 from mm.types import Sample, Tokens
 
 FIRST_ROOM = 1024  # positions that pages which grow begin with
-
-
-@dataclass
-class Counts:
-    """What an engine has done: positions read of prompts, positions found in the cache instead, tokens decoded,
-    decoding steps, media that were encoded and media whose features were kept from before."""
-
-    prefilled: int = 0
-    shared: int = 0
-    decoded: int = 0
-    steps: int = 0
-    encoded: int = 0
-    remembered: int = 0
 
 
 class Engine:
@@ -85,7 +70,7 @@ class Engine:
         count = -(-FIRST_ROOM // page_size) if pages is None else pages
         self.pages = Pages(len(model.decoder.layers), count, page_size, grows=pages is None)
         self.recurrent = any(hasattr(module, "cache_numbers_fixed") for module in model.decoder.modules())
-        self.features = Remembered(media_bytes)
+        self.features = Remembered(media_bytes, model.device)
         self.counts = Counts()
         self.waiting: deque[Ticket] = deque()
         self.running: list[Ticket] = []
@@ -219,28 +204,11 @@ class Engine:
         features: dict[str, Features] = {}
         for kind in batch.media:
             tower = self.model.tower(kind)
-            items = [self._encode(tower, item) for item in ticket.encoded.media if item.kind == kind]
+            items = [self.features.of(tower, item, self.counts) for item in ticket.encoded.media if item.kind == kind]
             features[kind] = Features(Tokens.stack(items), tower.bridge.inline)
         ticket.sequence = splice(batch, self.model.decoder.embed, features, self.model.slots)
         ticket.cross = ticket.sequence.cross
         ticket.next_position = int(ticket.sequence.positions.max()) + 1
-
-    def _encode(self, tower: Any, item: EncodedMedia) -> Tokens:
-        """Its features, unpadded; from before where the same was shown before."""
-        key = item.kind, digest(item)
-        if (known := self.features.get(key)) is not None:
-            self.counts.remembered += 1
-            return known
-        alone = Tokens.stack([item.tokens])
-        moved = Tokens(
-            *(getattr(alone, name).to(self.model.device) for name in ("values", "positions", "mask", "grid"))
-        )
-        out = tower(moved).tokens
-        real = out.mask[0]
-        tokens = Tokens(out.values[0][real], out.positions[0][real], out.mask[0][real], out.grid[0])
-        self.features.put(key, tokens)
-        self.counts.encoded += 1
-        return tokens
 
     def _read(self, ticket: Ticket, most: int) -> None:
         """Up to `most` positions of its prompt; after the last of them comes its first token."""
@@ -332,21 +300,6 @@ def not_paged(model: Any) -> str | None:
     if decoder.rereader.lengths:
         return "at its original length LongRoPE reads the whole cache anew, and pages cannot be read anew"
     return None
-
-
-_NOT_HERE = {
-    "num_beams": lambda d: d.num_beams > 1,
-    "penalty_alpha": lambda d: d.penalty_alpha is not None,
-    "draft": lambda d: d.draft is not None,
-    "amateur": lambda d: d.amateur is not None,
-    "steer": lambda d: d.steer is not None,
-    "cache": lambda d: d.cache != "dynamic",
-}
-
-
-def unsupported(decoding: Decoding) -> str | None:
-    """The first option that an engine does not have."""
-    return next((name for name, is_on in _NOT_HERE.items() if is_on(decoding)), None)
 
 
 def _hashable(decoding: Decoding) -> Any:

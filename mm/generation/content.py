@@ -7,6 +7,7 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mm.datasets.processor import Encoded, EncodedMedia
@@ -14,12 +15,41 @@ from mm.types import CrossMedia, Tokens
 
 
 @dataclass
+class Counts:
+    """What an engine has done: positions read of prompts, positions found in the cache instead, tokens decoded,
+    decoding steps, media that were encoded and media whose features were kept from before."""
+
+    prefilled: int = 0
+    shared: int = 0
+    decoded: int = 0
+    steps: int = 0
+    encoded: int = 0
+    remembered: int = 0
+
+
+@dataclass
 class Remembered:
     """Features of media by what is in them, the longest unused forgotten first beyond `limit` bytes."""
 
     limit: int
+    device: torch.device
     items: OrderedDict[tuple[str, bytes], Tokens] = field(default_factory=OrderedDict)
     size: int = 0
+
+    def of(self, tower: Any, item: EncodedMedia, counts: Counts) -> Tokens:
+        """A medium's features, unpadded; from before where the same was shown before."""
+        key = item.kind, digest(item)
+        if (known := self.get(key)) is not None:
+            counts.remembered += 1
+            return known
+        alone = Tokens.stack([item.tokens])
+        moved = Tokens(*(getattr(alone, name).to(self.device) for name in ("values", "positions", "mask", "grid")))
+        out = tower(moved).tokens
+        real = out.mask[0]
+        tokens = Tokens(out.values[0][real], out.positions[0][real], out.mask[0][real], out.grid[0])
+        self.put(key, tokens)
+        counts.encoded += 1
+        return tokens
 
     def get(self, key: tuple[str, bytes]) -> Tokens | None:
         if key in self.items:

@@ -203,3 +203,18 @@ REFUSED: dict[tuple[str, str], str] = {
     ("thinking=False", "thinking_budget"): "without reasoning there is nothing to budget",
     ("thinking_budget", "regex, json_schema or grammar"): "the form is that of the whole answer, reasoning included",
 }
+
+
+_NOT_HERE = {
+    "num_beams": lambda d: d.num_beams > 1,
+    "penalty_alpha": lambda d: d.penalty_alpha is not None,
+    "draft": lambda d: d.draft is not None,
+    "amateur": lambda d: d.amateur is not None,
+    "steer": lambda d: d.steer is not None,
+    "cache": lambda d: d.cache != "dynamic",
+}
+
+
+def unsupported(decoding: Decoding) -> str | None:
+    """The first option that an engine does not have."""
+    return next((name for name, is_on in _NOT_HERE.items() if is_on(decoding)), None)
