@@ -192,7 +192,7 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) after the final norm -> (..., V) float32."""
-        return self.projection(hidden)
+        return self.head_options.finish(self.head(hidden))
 
     @property
     def projection(self) -> Projection:

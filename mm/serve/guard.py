@@ -176,7 +176,7 @@ class Guard:
             page = "text/html" in Headers(scope=scope).get("accept", "")
             response.headers["WWW-Authenticate"] = 'Basic realm="mm", charset="UTF-8"' if page else "Bearer"
         unread = reply.unread and not scope.get("state", {}).get("read")
-        if unread and not await _discarded(scope, receive):
+        if unread and (refused.code == "body_timeout" or not await _discarded(scope, receive)):
             response.headers["Connection"] = "close"
         await response(scope, receive, reply)
 
