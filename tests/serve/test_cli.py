@@ -77,6 +77,7 @@ def listening(process: subprocess.Popen[str]) -> tuple[str, str]:
     return line.strip(), line.split("API at ")[1].strip()
 
 
+@pytest.mark.slow
 def test_it_serves_until_it_is_told_to_end(model: Path) -> None:
     """One with a key is ended by SIGTERM amid a stream, one without by Ctrl-C; both have nothing left."""
     with (

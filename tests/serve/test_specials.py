@@ -125,7 +125,7 @@ class Prepared:
         return [Counter(each for each in prompt if each < 0 or each in self._specials) for prompt in ids]
 
 
-@pytest.mark.parametrize("count", [120, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [40, pytest.param(1000, marks=pytest.mark.slow)])
 def test_spellings_stay_text(count: int, monkeypatch: pytest.MonkeyPatch, tell: Callable[[str], None]) -> None:
     with running(tiny_model().eval()) as here, httpx.Client(base_url=here.url, timeout=60) as client:
         prepared = Prepared(here, monkeypatch)

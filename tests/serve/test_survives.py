@@ -192,7 +192,7 @@ def test_a_form_that_cannot_be_followed_further_fails_alone(here: Running) -> No
             mask = ticket.shaper.constraint.mask
 
             def third(logits: Any) -> Any:
-                if len(ticket.ids) >= 3:
+                if ticket.ids:  # even the shortest object has two tokens
                     raise FormNotFollowed("too many states")
                 return mask(logits)
 
