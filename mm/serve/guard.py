@@ -25,6 +25,7 @@ from mm.serve.metrics import Metrics
 LOG = logging.getLogger("mm.serve")
 LINGER = 5.0  # seconds that the rest of a refused request's body is awaited
 WITH_BODY = ("POST", "PUT", "PATCH")
+PIECE = 1 << 18  # bytes
 UPLOADS = "/v1/files"  # takes forms; all else that is sent is JSON
 LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 HEADERS = {
@@ -134,13 +135,17 @@ class Guard:
 
     async def _answer(self, scope: Scope, receive: Receive, reply: _Reply) -> None:
         """Runs the route, for as long as there is a client to hear it."""
-        gone, read = asyncio.Event(), False
+        gone, read = asyncio.Event(), 0
 
         async def replay() -> Message:
+            """The body once more, for the routes that read it bit by bit."""
             nonlocal read
-            if not read:
-                read = True
-                return {"type": "http.request", "body": bytes(scope["state"].pop("body", b""))}
+            body = scope["state"].get("body")
+            if body is not None:
+                piece, read = bytes(body[read : read + PIECE]), read + PIECE
+                if read >= len(body):
+                    del scope["state"]["body"]
+                return {"type": "http.request", "body": piece, "more_body": "body" in scope["state"]}
             await gone.wait()
             return {"type": "http.disconnect"}
 
