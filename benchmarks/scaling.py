@@ -5,7 +5,7 @@
 Each point is a process of its own: forward and backward of a small model on random data, the processor time of one
 thread (the least of some repeats) and how far the resident memory rose above what it was before the step. The exponent
 is the slope of a line through the logarithms of the last three points, beside what theory says of large values.
-Writes scaling.json and scaling.png; docs/scaling.md explains them.
+Writes scaling.json and scaling.png.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 AXES: dict[str, tuple[list[int], str, str]] = {
-    "length": ([1024, 2048, 4096, 8192, 16384, 32768], "2 (attention; 1 before it weighs)", "1 (activations)"),
-    "documents": ([1024, 2048, 4096, 8192, 16384, 32768], "1 (documents of 512 attend alone)", "1"),
+    "length": ([1024, 2048, 4096, 8192, 16384], "2 (attention; 1 before it weighs)", "1 (activations)"),
+    "documents": ([1024, 2048, 4096, 8192, 16384], "1 (documents of 512 attend alone)", "1"),
     "experts": ([8, 16, 32, 64, 128, 256], "0 (chosen ones; slices grow shorter)", "1 (weights' gradients)"),
     "images": ([1, 2, 4, 8, 16], "1", "1"),
     "vocabulary": ([4096, 16384, 65536, 262144], "1 (logits)", "1 (weights' gradient; logits in chunks)"),
