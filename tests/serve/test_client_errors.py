@@ -20,6 +20,7 @@ from mm.serve.limits import CODES, Refused, ServeLimits
 from mm.serve.run import Running, running
 from mm.testing import tiny_decoder, tiny_model, tiny_tokenizer
 
+from .attack import within
 from .clients import client, user
 
 NAME, KEY = "tiny", "a key"
@@ -121,7 +122,7 @@ def test_time(here: Running, ai: OpenAI, monkeypatch: pytest.MonkeyPatch) -> Non
         for _ in ai.chat.completions.create(model=NAME, stream=True, **ENDLESS):
             pass
     assert caught.value.code == "deadline_exceeded"
-    assert here.server.places.used == 0
+    assert within(5, lambda: here.server.places.used == 0)  # it is free once the connection knows of the end
 
 
 def test_a_model_that_is_broken_says_so_and_the_server_lives() -> None:
