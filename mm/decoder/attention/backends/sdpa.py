@@ -74,8 +74,8 @@ def _in_blocks(q: Tensor, k: Tensor, v: Tensor, layout: Layout, plain: bool, opt
             parts.append(q.new_zeros(1, end - start, q.shape[2], v.shape[3]))
             continue
         if plain:
-            document = (part[here, start:end] for part in (q, k, v))
-            parts.append(_sdpa(*document, None, True, options["scale"]))
+            run = here, slice(start, end)
+            parts.append(_sdpa(q[run], k[run], v[run], None, True, options["scale"]))
             continue
         for a in range(start, end, step):
             b = min(a + step, end)
