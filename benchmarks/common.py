@@ -74,8 +74,10 @@ def line(row: Row) -> str:
 
 
 class Bench:
-    """One script: its arguments, its clock, its rows. `with`-less: `bench = Bench(__doc__)`, `bench.add(...)`,
-    `sys.exit(bench.end())`."""
+    """One script: its arguments, its clock, its rows.
+
+    bench = Bench(__doc__);  bench.add(...) for each row;  sys.exit(bench.end())
+    """
 
     def __init__(self, doc: str | None, *extra: Callable[[argparse.ArgumentParser], object]) -> None:
         parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)

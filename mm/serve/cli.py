@@ -72,7 +72,7 @@ def _server(args: argparse.Namespace, key: str | None) -> Server:
         slots=slots,
         per_client=slots if args.per_client is None else args.per_client,
         max_length=args.max_length,
-        cache_tokens=max(args.cache_tokens, args.max_length),
+        cache_tokens=args.cache_tokens,
         deadline_seconds=args.deadline,
     )
     media = MediaLimits(hosts=tuple(args.media_host))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import get_args
 
 from mm.types import Kind
@@ -99,10 +99,8 @@ class MediaLimits:
     result_bytes: int = 2**27
 
     def __post_init__(self) -> None:
-        for name in (field.name for field in fields(self) if field.name not in ("hosts", "redirects")):
-            value = getattr(self, name)
-            if not (value > 0 and math.isfinite(value)):
-                raise ValueError(f"{name}={value}: a limit is a positive number")
+        others = ("hosts", "redirects")  # none are allowed
+        _check_positive({name: value for name, value in asdict(self).items() if name not in others})
         for host in self.hosts:
             if not HOST.fullmatch(host):
                 raise ValueError(f"hosts: {host!r} is not a host name in lower case, such as images.example.org")
@@ -152,10 +150,7 @@ class ServeLimits:
     upload_bytes: int = 100_000_000
 
     def __post_init__(self) -> None:
-        for name in (field.name for field in fields(self)):
-            value = getattr(self, name)
-            if not (value > 0 and math.isfinite(value)):
-                raise ValueError(f"{name}={value}: a limit is a positive number")
+        _check_positive(asdict(self))
         if self.cache_tokens < self.max_length:
             raise ValueError(
                 f"cache_tokens={self.cache_tokens} hold no chat of max_length={self.max_length}; give at least as many"
@@ -165,3 +160,9 @@ class ServeLimits:
     def request_seconds(self) -> float:
         """From the end of a request's head to the end of its answer, whatever its client does not send or read."""
         return self.body_seconds + self.deadline_seconds + 2 * GRACE
+
+
+def _check_positive(limits: dict[str, float]) -> None:
+    for name, value in limits.items():
+        if not (value > 0 and math.isfinite(value)):
+            raise ValueError(f"{name}={value}: a limit is a positive number")

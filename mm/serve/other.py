@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 INPUTS = 256  # of one request for embeddings
 EXPLAINED = 48  # tokens of an answer that is explained
+LONGEST_TOKEN = 16  # characters, of tokens that are common: more of a long answer need not be encoded
 
 
 async def embed(server: Server, request: Request) -> Response:
@@ -110,7 +111,7 @@ async def explained(server: Server, request: Request) -> Response:
     tokenizer = server.model.tokenizer
     answer = form.answer
     if answer is not None:
-        ids = await server.in_thread(tokenizer.encode, answer[: 16 * EXPLAINED])
+        ids = await server.in_thread(tokenizer.encode, answer[: LONGEST_TOKEN * EXPLAINED])
         answer = tokenizer.decode(ids[:EXPLAINED]) or None
     found = await server.worker.call(
         lambda: told(explain, server.model, sample, max_new_tokens=EXPLAINED, answer=answer)

@@ -60,7 +60,7 @@ class Answers:
             yield index, event
 
     def close(self) -> None:
-        if self._worker.alive:
+        with contextlib.suppress(Refused):  # a worker that has ended has ended them too
             self._worker._act(lambda: self._worker._drop(self))
 
     def tell(self, index: int, event: Piece | Exception | None) -> None:
