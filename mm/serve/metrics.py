@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -12,7 +11,6 @@ from starlette.types import Scope
 
 from mm.generation.batching import Engine
 
-FRESH = 0.5  # seconds that a text is given again
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
 
@@ -21,7 +19,6 @@ class Metrics:
 
     def __init__(self, engine: Callable[[], Engine], places: Callable[[], int]) -> None:
         registry = self._registry = CollectorRegistry()
-        self._made, self._text = -FRESH, b""
         registry.register(_EngineCollector(engine, places))
         self._requests = Counter("mm_requests", "Requests by route and status", ["route", "status"], registry=registry)
         self._refused = Counter("mm_refused", "Refused requests by code", ["code"], registry=registry)
@@ -46,10 +43,7 @@ class Metrics:
         self._first.observe(seconds)
 
     def text(self) -> bytes:
-        """At most FRESH seconds old: who asks again and again does not hold up the others."""
-        if (now := time.monotonic()) > self._made + FRESH:
-            self._made, self._text = now, generate_latest(self._registry)
-        return self._text
+        return generate_latest(self._registry)
 
 
 class _EngineCollector(Collector):

@@ -107,7 +107,7 @@ def test_a_ticket_that_was_prepared_before_a_step_failed_is_answered(here: Runni
 
 def test_places_and_deadlines(plain: Any) -> None:
     limits = ServeLimits(slots=3, per_client=2, deadline_seconds=1.5, max_length=4096, answer_tokens=4000)
-    long = {**CHAT, "max_tokens": 4000}
+    long = {**CHAT, "max_tokens": 4000, "seed": 0}
     step = Engine.step
     with running(plain, limits=limits) as here, pytest.MonkeyPatch.context() as patch:
         patch.setattr(Engine, "step", lambda engine: (time.sleep(0.05), step(engine)) and None)
