@@ -216,3 +216,17 @@ def test_the_compiled_kernel_is_sdpa(window):
     # float32 through TF32-free kernels; the fused one keeps a running softmax, some 1e-6 off, summed over 240 keys
     for fused, plain in zip(results[1], results[0], strict=True):
         torch.testing.assert_close(fused, plain, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("window", [None, 40])
+def test_a_documents_gradient_is_not_as_large_as_the_row(window) -> None:
+    """Backward, a slice of the row would make zeros of the whole row for each document: 32 documents, 32 rows."""
+    length, shares = 2048, 64
+    index = (torch.arange(length) % shares)[None]
+    places = Places(index, (torch.arange(length) // shares + 1)[None], torch.zeros_like(index))
+    q, k, v = (torch.randn(1, length, 2, 8, requires_grad=True) for _ in range(3))
+    out = sdpa.attend(q, k, v, Layout(places, places, index[..., None].expand(-1, -1, 3)), scale=1.0, window=window)
+    with torch.profiler.profile(acc_events=True) as profile:
+        out.sum().backward()
+    filled = sum(event.count for event in profile.key_averages() if event.key == "aten::slice_backward")
+    assert filled == 0

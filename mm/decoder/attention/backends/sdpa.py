@@ -59,34 +59,58 @@ def attend_rows(q: Tensor, keys: list[Tensor], values: list[Tensor], scale: floa
 
 
 def _in_blocks(q: Tensor, k: Tensor, v: Tensor, layout: Layout, plain: bool, options: dict[str, Any]) -> Tensor:
-    """Row by row, document by document, and where a document needs a mask, BLOCK queries at a time."""
-    length, offset = q.shape[1], layout.offset
-    window = options["window"]
+    """Document by document, or with a cache row by row; and where one needs a mask, BLOCK queries at a time."""
+    if layout.offset == 0:
+        spans = layout.documents()
+        lengths = [end - start for _, start, end in spans]
+        documents = (_cut(part.flatten(0, 1)[None], lengths) for part in (q, k, v))
+    else:
+        spans = [(row, 0, q.shape[1]) for row in range(len(q))]
+        documents = (part.split(1) for part in (q, k, v))
+    parts: list[Tensor] = []
+    for (row, start, end), queries, keys, values in zip(spans, *documents, strict=True):
+        if layout.offset == 0 and layout.is_padding(row, start):
+            parts.append(q.new_zeros(1, end - start, q.shape[2], v.shape[3]))
+        elif plain:
+            parts.append(_sdpa(queries, keys, values, None, True, options["scale"]))
+        else:
+            parts += _masked_blocks(queries, keys, values, layout, row, start, options)
+    return torch.cat(parts, 1).view(*q.shape[:-1], v.shape[-1])
+
+
+def _masked_blocks(
+    q: Tensor, k: Tensor, v: Tensor, layout: Layout, row: int, start: int, options: dict[str, Any]
+) -> list[Tensor]:
+    """One document, whose first query stands in column `start` of `row`, as blocks of queries with a mask each."""
+    length, offset, window = q.shape[1], layout.offset, options["window"]
     # Of a document without branches, a window's keys are the columns before the query. With a cache they need not be.
     near = window if isinstance(window, int) and offset == 0 and not layout.has_branches else None
     step = BLOCK if near is None else min(BLOCK, max(128, near))
-    spans = layout.documents() if offset == 0 else [(row, 0, length) for row in range(len(q))]
+    steps = [min(step, length - a) for a in range(0, length, step)]
+    keys, values = ((part,) if near is None else _cut(part, steps) for part in (k, v))
     keeps_scores = options["softcap"] is not None or options["sinks"] is not None
-    parts: list[Tensor] = []
-    for row, start, end in spans:
-        here = slice(row, row + 1)
-        if offset == 0 and layout.is_padding(row, start):
-            parts.append(q.new_zeros(1, end - start, q.shape[2], v.shape[3]))
-            continue
-        if plain:
-            run = here, slice(start, end)
-            parts.append(_sdpa(q[run], k[run], v[run], None, True, options["scale"]))
-            continue
-        for a in range(start, end, step):
-            b = min(a + step, end)
-            first = 0 if offset else start if near is None else max(start, a - near + 1)
-            block = layout.block(row, a, b, first, keep=near is not None)  # all blocks together would be T x S / 2
-            given = q[here, a:b], k[here, first : offset + b], v[here, first : offset + b], block
-            if keeps_scores and torch.is_grad_enabled():  # they would be kept for the backward pass, of all blocks
-                parts.append(checkpoint(_masked, *given, use_reentrant=False, **options))  # type: ignore[arg-type]
-            else:
-                parts.append(_masked(*given, **options))
-    return torch.cat(parts, 1).view(*q.shape[:-1], v.shape[-1])
+    parts = []
+    for number, queries in enumerate(_cut(q, steps)):
+        a, b = number * step, number * step + steps[number]
+        if near is None:
+            first, given = 0, (queries, k[:, : offset + b], v[:, : offset + b])
+        else:
+            reach = max(0, number - -(-(near - 1) // step))  # the first block of keys that the first query sees
+            first = reach * step
+            given = queries, torch.cat(keys[reach : number + 1], 1), torch.cat(values[reach : number + 1], 1)
+        # All blocks' masks together would be T x S / 2 without a window.
+        block = layout.block(row, start + a, start + b, start + first, keep=near is not None)
+        if keeps_scores and torch.is_grad_enabled():  # they would be kept for the backward pass, of all blocks
+            parts.append(checkpoint(_masked, *given, block, use_reentrant=False, **options))  # type: ignore[arg-type]
+        else:
+            parts.append(_masked(*given, block, **options))
+    return parts
+
+
+def _cut(part: Tensor, lengths: list[int]) -> tuple[Tensor, ...]:
+    """Along the second axis, at once: the gradient of a slice is a tensor as large as what it was cut from, filled with
+    zeros and added to the others', and that for every slice; that of this is one concatenation."""
+    return part.split(lengths, 1)
 
 
 def _masked(
