@@ -18,6 +18,7 @@ from lightning import LightningDataModule
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from mm.datasets.chat_template import ChatTemplate, Vocabulary
+from mm.datasets.features import Encoders, Stored, stored_features
 from mm.datasets.fingerprint import describe, differing, flatten
 from mm.datasets.loading import BatchLoader, TrainLoader
 from mm.datasets.mixture import Mixture, subseed
@@ -43,8 +44,8 @@ class DataSet:
     epochs: float | None = None
 
 
-class Reader(Protocol):
-    """What the data side needs to know of a model."""
+class Reader(Encoders, Protocol):
+    """What the data side needs to know of a model; of its encoders, only where shards hold features."""
 
     @property
     def tokenizer(self) -> Vocabulary: ...
@@ -100,6 +101,7 @@ class StreamingDataModule(LightningDataModule):
         seed: of the order, the mixture and the branches.
         epoch_samples: samples of an epoch (None: as many as the training sets hold, each as often as its epochs say).
         reading: what changes nothing of the stream: prefetching, quarantine, cache.
+        features: where shards hold the features of an encoder (`mm shard --features`), read those; False: the media.
     """
 
     def __init__(
@@ -117,6 +119,7 @@ class StreamingDataModule(LightningDataModule):
         seed: int = 0,
         epoch_samples: int | None = None,
         reading: Reading | None = None,
+        features: bool = True,
     ) -> None:
         super().__init__()
         self.train, self.val = train or {}, val or {}
@@ -125,7 +128,7 @@ class StreamingDataModule(LightningDataModule):
         self.one_set_per_batch, self.temperature = one_set_per_batch, temperature
         self.workers = workers
         self.seed, self.epoch_samples = seed, epoch_samples
-        self.reading = reading or Reading()
+        self.reading, self.features = reading or Reading(), features
         self.allow_change: Sequence[str] = ()
         self.counts: Counter[str] = Counter()
         self._sets: dict[str, ShardDataset] = {}
@@ -143,7 +146,7 @@ class StreamingDataModule(LightningDataModule):
         self._check_resume()
         mixture = self._mixture()
         samples = TrainSamples(self._open_all(self.train), mixture, self.max_branches)
-        batches = self._batches(samples, total=None, keep_bytes=False)
+        batches = self._batches(samples, self.train, total=None, keep_bytes=False)
         length = -(-(self.epoch_samples or len(mixture)) // self.samples_per_batch)
         self._quarantine = Quarantine(self._run_file(QUARANTINE), self.reading.max_bad)
         options = {"workers": self.workers, "prefetch": self.reading.prefetch, "note": self._note}
@@ -155,7 +158,7 @@ class StreamingDataModule(LightningDataModule):
         if not self.val:
             return []
         samples = EvalSamples(self._open_all(self.val))
-        batches = self._batches(samples, total=len(samples), keep_bytes=True)
+        batches = self._batches(samples, self.val, total=len(samples), keep_bytes=True)
         strict = Quarantine(None, max_bad=0)  # a score over fewer samples would be another score
 
         def note(batch: PackedBatch) -> None:
@@ -239,6 +242,7 @@ class StreamingDataModule(LightningDataModule):
             "one_set_per_batch": self.one_set_per_batch,
             "seed": self.seed,
             "epoch_samples": self.epoch_samples,
+            **({"features": self.features} if any("features" in of.manifest for of in sets.values()) else {}),
         }
 
     def _note(self, batch: PackedBatch) -> None:
@@ -269,11 +273,12 @@ class StreamingDataModule(LightningDataModule):
                 self._sets[data.path] = ShardDataset(data.path, self.reading.cache)
         return {name: self._sets[data.path] for name, data in sets.items()}
 
-    def _batches(self, samples: SampleStream, total: int | None, keep_bytes: bool) -> Batches:
+    def _batches(self, samples: SampleStream, sets: dict[str, DataSet], total: int | None, keep_bytes: bool) -> Batches:
         reader: Reader = self._reader or self.trainer.lightning_module.model  # type: ignore[union-attr, assignment]
+        features: dict[str, Stored] = stored_features(self._open_all(sets), reader) if self.features else {}
         return Batches(
             samples,
-            Processor(reader.tokenizer, reader.template, reader.media_specs(), self.row_length),
+            Processor(reader.tokenizer, reader.template, reader.media_specs(), self.row_length, features),
             self.samples_per_batch,
             self.row_length,
             self.pack,

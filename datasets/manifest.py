@@ -1,7 +1,8 @@
 """manifest.json: what a finished directory of shards holds, with the SHA-256 of every file and of itself.
 
-{"format", "self_sha256", "settings", "fingerprint", "samples", "branches", "bytes", "media", "removed", "quarantined",
- "versions", "shards": [{"file", "index", "samples", "branches", "media", "bytes", "sha256", "index_sha256"}]}
+{"format", "self_sha256", "settings", "fingerprint", "features" (if any), "samples", "branches", "bytes", "media",
+ "removed", "quarantined", "versions", "shards": [{"file", "index", "samples", "branches", "media", "bytes", "sha256",
+ "index_sha256"}]}
 """
 
 from __future__ import annotations

@@ -137,6 +137,7 @@ def _media_batch(items: list[tuple[int, int, EncodedMedia]]) -> MediaBatch:
         columns=torch.tensor([column for _, column, _ in items]),
         lengths=torch.tensor([media.length for _, _, media in items]),
         names=[media.name for _, _, media in items],
+        encoded=items[0][2].encoded,  # one batch is of one data module, which reads a kind in one way
     )
 
 

@@ -18,6 +18,7 @@ from mm.arguments import Parser
 from mm.datasets.catalog import defaults, names, open_source
 from mm.datasets.decontaminate import Decontaminate
 from mm.datasets.dedupe import Dedupe
+from mm.datasets.features import FeatureMaker
 from mm.datasets.manifest import MANIFEST, UNFINISHED, read_manifest
 from mm.datasets.shard_index import index_shards
 from mm.datasets.shards import described, remove_shards, write_shards
@@ -28,15 +29,19 @@ SHARD_BYTES = 2**30
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """`mm shard` without --features, which need a model (`mm.shard`)."""
+    return execute(parser().parse_args(argv))
+
+
+def execute(arguments: argparse.Namespace, features: FeatureMaker | None = None) -> int:
     """Runs `mm shard`. Raises ValueError and OSError for what a user can mend; `mm.cli` prints those as one line."""
-    arguments = parser().parse_args(argv)
     console = Console(stderr=True)
     if arguments.index is not None:
         return _index(arguments, console)
     for name in ("source", "out"):
         if getattr(arguments, name) is None:
             raise ValueError(f"{name} is missing: mm shard SOURCE --out DIR, or mm shard --index DIR")
-    return run(arguments, console)
+    return run(arguments, console, features)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -122,19 +127,20 @@ def _add_steps(group: Any) -> None:
     add("--ngram", type=int, default=13, metavar="N", help="words in a row that count as held (%(default)s)")
 
 
-def run(arguments: argparse.Namespace, console: Console) -> int:
+def run(arguments: argparse.Namespace, console: Console, features: FeatureMaker | None = None) -> int:
     options = _options(arguments)
     source = open_source(arguments.source, **dict(options))
     steps, dedupe = _steps(arguments), _dedupe(arguments)
     settings = {"source": arguments.source, "options": options}
     sizes = {"samples_per_shard": arguments.samples_per_shard, "limit": arguments.limit}
+    made_by = {} if features is None else {"features": features.describe()}
     out: Path = arguments.out
     if arguments.overwrite:
         remove_shards(out)
     elif (out / MANIFEST).exists():
         manifest = read_manifest(out)
-        found = {**manifest["settings"], "fingerprint": manifest["fingerprint"]}
-        wanted = {**settings, **sizes, **described(steps, dedupe, arguments.shard_bytes)}
+        found = {key: manifest[key] for key in ("fingerprint", "features") if key in manifest} | manifest["settings"]
+        wanted = {**settings, **sizes, **described(steps, dedupe, arguments.shard_bytes), **made_by}
         differing = _differing(found, {**wanted, "fingerprint": source.fingerprint()})
         if differing:
             raise ValueError(f"{out}: holds shards of other settings ({differing}); use another DIR or --overwrite")
@@ -154,6 +160,7 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
             engine=arguments.engine,
             steps=steps,
             dedupe=dedupe,
+            features=features,
             max_bad=arguments.max_bad,
             settings=settings,
             progress=advance,

@@ -7,6 +7,7 @@ Lengths count decoder positions after the splice: a text token takes one, a slot
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -17,18 +18,24 @@ from torch import Tensor
 
 from mm.datasets.chat_template import ChatTemplate, Elements, Slot, Turn, Vocabulary
 from mm.datasets.decode import Resizer, decode
+from mm.datasets.features import Precomputed, Stored
 from mm.types import Media, MediaSpec, Sample, Tokens
 
 
 @dataclass
 class EncodedMedia:
-    """One media item of a sample: it fills the slot at element `column` with `length` decoder positions."""
+    """One media item of a sample: it fills the slot at element `column` with `length` decoder positions.
+
+    `read` is how many tokens the encoder reads of it. `encoded`: it has, and `tokens` are its features, from a shard.
+    """
 
     kind: str
     tokens: Tokens
     column: int
     length: int
     name: str
+    read: int
+    encoded: bool = False
 
 
 @dataclass
@@ -55,7 +62,7 @@ class Encoded:
     @property
     def media_tokens(self) -> int:
         """What the encoders read: tokens of all media, before any bridge."""
-        return sum(len(item.tokens) for item in self.media)
+        return sum(item.read for item in self.media)
 
 
 class NoTower(ValueError):
@@ -83,6 +90,8 @@ class _Remembering:
 class Processor:
     """Encodes samples for one model. Pure: the same sample gives the same tensors.
 
+    Of the kinds in `features`, the features that samples bring stand for their media, which are not decoded.
+
     A sample longer than `max_length` (decoder positions; None: no limit) loses, in this order and until it fits,
 
     1. whole branches, the last first, down to one;
@@ -99,11 +108,13 @@ class Processor:
         template: ChatTemplate,
         specs: Mapping[str, MediaSpec],
         max_length: int | None = None,
+        features: Mapping[str, Stored] | None = None,
     ) -> None:
         self.tokenizer = _Remembering(tokenizer)
         self.template = template
         self.specs = dict(specs)
         self.max_length = max_length
+        self.features = dict(features or {})
 
     def encode(self, sample: Sample, generation_prompt: bool = False, thinking: bool | None = None) -> Encoded:
         """`generation_prompt` and `thinking` are those of `ChatTemplate.render`.
@@ -127,29 +138,28 @@ class Processor:
                 f"{self.max_length} that fit; shorten it or raise the maximal length"
             )
         media = [
-            EncodedMedia(
-                slot.kind,
-                self._tokens(slot, decoded),
-                slot.column,
-                slot_length,
-                f"{sample.key}: {sample.media[slot.media].name}",
-            )
+            self._medium(slot, slot_length, decoded[slot.media], f"{sample.key}: {sample.media[slot.media].name}")
             for slot, slot_length in zip(elements.slots, slot_lengths, strict=True)
             if fits
         ]
         return Encoded(sample, elements.ids, elements.labels, elements.branch_ids, media, length, dropped, fits, opened)
 
     def _decode(self, sample: Sample, slots: list[Slot]) -> dict[int, Any]:
-        """Index -> decoded media, each item once however many slots show it; or its tokens, if it brought them."""
+        """Index -> decoded media, each item once however many slots show it; or its tokens or features, if it brought
+        them."""
         for slot in slots:
             if slot.kind not in self.specs:
                 raise NoTower(
                     f"sample {sample.key}: {sample.media[slot.media].name} is {slot.kind}, but the model takes "
                     f"{', '.join(self.specs) or 'text only'}; add a tower for it"
                 )
-        return {index: self._decode_one(sample.media[index]) for index in dict.fromkeys(slot.media for slot in slots)}
+        return {index: self._decode_one(sample, index) for index in dict.fromkeys(slot.media for slot in slots)}
 
-    def _decode_one(self, media: Media) -> Any:
+    def _decode_one(self, sample: Sample, index: int) -> Any:
+        media: Media = sample.media[index]
+        if media.kind in self.features:
+            where = f"sample {sample.key}: {media.name}"
+            return self.features[media.kind].read(media.features, self.specs[media.kind], where)
         if media.tokens is not None:
             return media.tokens
         tokenizer: Any = self.specs[media.kind].tokenizer
@@ -158,14 +168,18 @@ class Processor:
 
     def _slot_length(self, slot: Slot, decoded: dict[int, Any]) -> int:
         spec, item = self.specs[slot.kind], decoded[slot.media]
+        if isinstance(item, Precomputed):
+            return spec.slot_length(item.grid)
         if isinstance(item, Tokens):
             t, h, w = item.grid.tolist()
             return spec.slot_length((t, h, w))
         return spec.slot_length(spec.tokenizer.measure(item))
 
-    def _tokens(self, slot: Slot, decoded: dict[int, Any]) -> Tokens:
-        item = decoded[slot.media]
-        return item if isinstance(item, Tokens) else self.specs[slot.kind].tokenizer(item)
+    def _medium(self, slot: Slot, length: int, item: Any, name: str) -> EncodedMedia:
+        if isinstance(item, Precomputed):
+            return EncodedMedia(slot.kind, item.tokens, slot.column, length, name, math.prod(item.grid), encoded=True)
+        tokens = item if isinstance(item, Tokens) else self.specs[slot.kind].tokenizer(item)
+        return EncodedMedia(slot.kind, tokens, slot.column, length, name, len(tokens))
 
 
 def _length(elements: Elements, slot_lengths: list[int]) -> int:

@@ -26,6 +26,7 @@ from mm.types import KINDS, Media, Sample
 KEY = re.compile(r"[A-Za-z0-9_-]{1,64}")  # no dot: WebDataset takes what follows the first one as the extension
 FOREIGN_KEY = re.compile(r"(?=.{1,64}\Z)[A-Za-z0-9_-]+(/[A-Za-z0-9_-]+)*")  # tars of others may have folders in them
 TEXTS = (".json", ".txt", ".cls")
+FEATURES = ".features.safetensors"  # behind the number of a medium: what an encoder made of it (mm.datasets.features)
 INDEX_DTYPE = np.dtype([("key", "S64"), ("offset", "<u8"), ("length", "<u8"), ("crc", "<u4")])
 BLOCK = 512  # bytes of a tar header, and the multiple that members are padded to
 TAR_END = bytes(2 * BLOCK)
@@ -45,7 +46,8 @@ class Member(NamedTuple):
 
 
 def encode_sample(sample: Sample) -> list[bytes]:
-    """The tar members of one sample, in parts to be written one after another: its JSON, then its media.
+    """The tar members of one sample, in parts to be written one after another: its JSON, then its media, each with its
+    features behind it, if it has any.
 
     Same sample, same bytes. Raises ValueError for a key that does not match KEY, media without a suffix of their kind
     and a sample of more than MAX_SAMPLE_BYTES; OSError passes through from media that are paths.
@@ -61,6 +63,8 @@ def encode_sample(sample: Sample) -> list[bytes]:
         data = item.data if isinstance(item.data, bytes) else item.data.read_bytes()
         media.append({"kind": item.kind, "name": item.name, "file": f"{index}{suffix}"})
         parts += _member(f"{sample.key}.{index}{suffix}", data)
+        if item.features is not None:
+            parts += _member(f"{sample.key}.{index}{FEATURES}", item.features)
     described = {"messages": sample.messages, "branches": sample.branches, "meta": sample.meta, "media": media}
     text = json.dumps(described, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     return [*_member(f"{sample.key}.json", text.encode("utf-8")), *parts]
@@ -88,7 +92,7 @@ def decode_sample(key: str, data: bytes, where: str = "sample") -> Sample:
         for name in inner:
             check_suffix(name, f"{where}: member '{key}.{name}'")
         return sample_of_files(key, inner, where)
-    media = [_medium(item, key, files, where) for item in described["media"]]
+    media = [_medium(item, index, key, files, where) for index, item in enumerate(described["media"])]
     return Sample(key, described["messages"], media, described["branches"], described["meta"])
 
 
@@ -125,9 +129,11 @@ def members(data: bytes | mmap.mmap, where: str) -> Iterator[Member]:
         begin, extended = offset, {}
 
 
-def check_suffix(name: str, where: str) -> None:
-    """Raises ValueError, beginning with `where`, for a member of a kind that is not read."""
+def check_suffix(name: str, where: str, ours: bool = False) -> None:
+    """Raises ValueError, beginning with `where`, for a member of a kind that is not read. `ours`: by ourselves."""
     suffix = PurePath(f"x.{name}").suffix.lower()
+    if ours and name.endswith(FEATURES):
+        return
     if suffix not in SUFFIXES and suffix not in TEXTS:
         raise ValueError(f"{where}: {suffix!r} is not read: media, {', '.join(TEXTS)} are (a pickle could run code)")
 
@@ -177,6 +183,7 @@ def sync_folder(folder: Path) -> None:
 
 def _check_size(sample: Sample) -> None:
     size = sum(len(m.data) if isinstance(m.data, bytes) else m.data.stat().st_size for m in sample.media)
+    size += sum(len(m.features or b"") for m in sample.media)
     if size > MAX_SAMPLE_BYTES:
         raise ValueError(f"sample {sample.key}: {size:,} bytes of media, more than {MAX_SAMPLE_BYTES:,}; cut them")
 
@@ -233,7 +240,7 @@ def _json(files: dict[str, bytes], name: str, where: str) -> Any:
         raise ValueError(f"{where}: member {name!r} is not JSON") from None
 
 
-def _medium(item: Any, key: str, files: dict[str, bytes], where: str) -> Media:
+def _medium(item: Any, index: int, key: str, files: dict[str, bytes], where: str) -> Media:
     try:
         kind, name, file = item["kind"], item["name"], item["file"]
         known = kind in KINDS and isinstance(name, str) and SUFFIXES.get(PurePath(f"x.{file}").suffix.lower()) == kind
@@ -243,4 +250,4 @@ def _medium(item: Any, key: str, files: dict[str, bytes], where: str) -> Media:
         raise ValueError(f"{where}: member '{key}.json': not a medium of a known kind: {item!r:.80}")
     if f"{key}.{file}" not in files:
         raise ValueError(f"{where}: no member {key}.{file}")
-    return Media(kind, files[f"{key}.{file}"], name)
+    return Media(kind, files[f"{key}.{file}"], name, features=files.get(f"{key}.{index}{FEATURES}"))

@@ -122,7 +122,7 @@ def _key(member: Member, where: str) -> str:
     match = NAME.fullmatch(member.name)
     if match is None or not FOREIGN_KEY.fullmatch(match["key"]):
         raise ValueError(f"{label}: not KEY.SUFFIX with a key of 1 to 64 letters, digits, '_', '-' and folders")
-    check_suffix(match["suffix"], label)
+    check_suffix(match["suffix"], label, ours=True)
     return match["key"]
 
 

@@ -16,12 +16,14 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mm.datasets.dedupe import Dedupe, Fingerprints
+from mm.datasets.features import FeatureMaker
 from mm.datasets.shard_format import INDEX_DTYPE, TAR_END, encode_sample, write_file
 from mm.datasets.source import Source, sha256_file
 from mm.datasets.steps import Removed, Step
@@ -37,6 +39,7 @@ class Job:
     folder: Path
     dedupe: Dedupe | None
     shard_bytes: int
+    features: FeatureMaker | None = None
 
 
 @dataclass(frozen=True)
@@ -90,8 +93,21 @@ class _Chunk:
             else:
                 yield number, sample
 
+    def featured(self) -> Iterator[tuple[int, Sample]]:
+        """The samples as they go into the shard; an encoder takes many at a time."""
+        make, samples = self.job.features, self.samples()
+        if make is None:
+            yield from samples
+            return
+        while group := list(islice(samples, make.samples_at_once)):
+            for (number, before), made in zip(group, make([sample for _, sample in group]), strict=True):
+                if isinstance(made, ValueError):
+                    self.refuse(number, before.key, made)
+                else:
+                    yield number, made
+
     def encoded(self) -> Iterator[tuple[Sample, list[bytes]]]:
-        for number, sample in self.samples():
+        for number, sample in self.featured():
             try:
                 parts = encode_sample(sample)
             except (ValueError, OSError) as error:

@@ -1,6 +1,7 @@
 """Shards: samples as plain WebDataset tars, with an index per shard and a manifest that says what all of it is.
 
-    DIR/shard-000000.tar        key.json, key.0.png, key.1.wav, ... per sample; any WebDataset reader reads it
+    DIR/shard-000000.tar        key.json, key.0.png, key.1.wav, ... per sample; any WebDataset reader reads it;
+                                key.0.features.safetensors where they were asked for (`mm.datasets.features`)
     DIR/shard-000000.index.npy  (S,) of INDEX_DTYPE: key, offset, length and CRC-32 of each sample's run of members
     DIR/removed.jsonl           record, key, reason, detail of each sample that a step left out, if any
     DIR/quarantine.jsonl        record, key, cause of each sample that could not be made, if any
@@ -31,6 +32,7 @@ import numpy as np
 import mm
 from mm.datasets.dedupe import Dedupe, decide
 from mm.datasets.engines import Engine, run_ordered
+from mm.datasets.features import FeatureMaker
 from mm.datasets.manifest import MANIFEST, UNFINISHED, repeated_key, to_json, write_manifest
 from mm.datasets.shard_format import TAR_END, read_index, sync_folder, write_file
 from mm.datasets.shard_work import Job, Piece, index_bytes, merged, scan_chunk, write_chunk
@@ -55,6 +57,7 @@ def write_shards(
     limit: int | None = None,
     steps: Sequence[Step] = (),
     dedupe: Dedupe | None = None,
+    features: FeatureMaker | None = None,
     max_bad: float = 0.0,
     settings: dict[str, Any] | None = None,
     progress: Callable[[int], None] = lambda done: None,
@@ -68,6 +71,7 @@ def write_shards(
         samples_per_shard: at most so many samples a shard; fewer where steps remove some.
         shard_bytes: at most so many bytes a shard, unless a single sample has more.
         steps: what is done with each sample, in this order. The samples are made twice where there is `dedupe` too.
+        features: gives each sample, as the steps leave it, the features of its media.
         max_bad: the share of records that may be bad (ValueError, OSError): those are left out and listed.
         settings: what the samples come from, kept in the manifest under "settings".
         progress: called with the number of records of each chunk as it is finished, in order.
@@ -92,10 +96,11 @@ def write_shards(
             **described(steps, dedupe, shard_bytes),
         },
         "fingerprint": source.fingerprint(),
+        **({} if features is None else {"features": features.describe()}),
     }
     folder = (out / UNFINISHED).resolve()  # the processes of another engine may start elsewhere
     with _started(out, about):
-        job = Job(source, tuple(step.prepare(folder) for step in steps), folder, dedupe, shard_bytes)
+        job = Job(source, tuple(step.prepare(folder) for step in steps), folder, dedupe, shard_bytes, features)
 
         def tasks() -> Iterator[tuple[Job, int, int, list[Any]]]:
             records = islice(iter(source.records()), limit)

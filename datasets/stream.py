@@ -165,4 +165,5 @@ class Batches(Dataset[PackedBatch]):
 
 def _without_bytes(sample: Sample) -> Sample:
     """Workers send samples to the trainer through a pipe: media that the model gets as tokens need not come twice."""
-    return replace(sample, media=[replace(m, data=b"") if isinstance(m.data, bytes) else m for m in sample.media])
+    media = [replace(m, data=b"" if isinstance(m.data, bytes) else m.data, features=None) for m in sample.media]
+    return replace(sample, media=media)

@@ -38,7 +38,7 @@ class Command:
 
 GROUPS: dict[str, dict[str, Command]] = {
     "Data": {
-        "shard": Command("mm.datasets.preprocess:main", "turn a source of samples into checked WebDataset shards"),
+        "shard": Command("mm.shard:main", "turn a source of samples into checked WebDataset shards"),
         "doctor": Command("mm.doctor.cli:main", "check data, a config, checkpoints and the machine before training"),
         "tokenizer": Command("mm.datasets.vocabulary:main", "train a text tokenizer on shards or text files"),
         "index": Command("mm.tools.build:main", "index documents, for answers that name their sources"),

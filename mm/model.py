@@ -19,6 +19,7 @@ from mm.datasets.chat_template import ChatTemplate
 from mm.decoder.cache import Cache
 from mm.decoder.decoder import Decoder
 from mm.decoder.embedding import LearnedPositions, Projection
+from mm.encoders.identity import identity
 from mm.fusion.splice import Features, splice
 from mm.tokenizers.text import TextTokenizer
 from mm.types import (
@@ -92,17 +93,44 @@ class Tower(nn.Module):
     def spec(self) -> MediaSpec:
         return MediaSpec(self.tokenizer, (self.encoder.reduction, self.bridge.reduction), self.bridge.inline)
 
-    def forward(self, tokens: Tokens) -> Features:
-        return Features(self.bridge(self.encoder(tokens)), self.bridge.inline)
+    @property
+    def encoder_learns(self) -> bool:
+        return any(parameter.requires_grad for parameter in self.encoder.parameters())
 
-    def no_tokens(self, device: torch.device) -> Tokens:
-        """Zero items: what a batch without this kind sends down the same path."""
-        return Tokens(
-            torch.zeros(0, 1, self.tokenizer.dim, device=device),
+    def train(self, mode: bool = True) -> Tower:
+        """An encoder that learns nothing stays in evaluation mode: its dropout is off, its batch norms' statistics are
+        as frozen as its weights, and it makes the features that `mm shard --features` stores."""
+        super().train(mode)
+        if not self.encoder_learns:
+            self.encoder.eval()
+        return self
+
+    def forward(self, tokens: Tokens, encoded: bool = False) -> Features:
+        """`encoded`: the tokens are what the encoder made of a medium, read from a shard."""
+        tokens = self.as_encoded(tokens) if encoded else self.encode(tokens)
+        return Features(self.bridge(tokens), self.bridge.inline)
+
+    def encode(self, tokens: Tokens) -> Tokens:
+        """The encoder's features; no graph is kept of one that learns nothing, unless its input asks for gradients."""
+        with torch.set_grad_enabled(
+            torch.is_grad_enabled() and (self.encoder_learns or tokens.values.requires_grad),
+        ):
+            return self.encoder(tokens)
+
+    def as_encoded(self, tokens: Tokens) -> Tokens:
+        """Stored features in the dtype that the encoder would have given."""
+        return tokens.with_values(tokens.values.to(next(self.bridge.parameters()).dtype))
+
+    def without_items(self, device: torch.device) -> Features:
+        """Of a batch without this kind: down the same path, so that what learns gets zero gradients and not none."""
+        learns = self.encoder_learns
+        tokens = Tokens(
+            torch.zeros(0, 1, self.tokenizer.dim if learns else self.encoder.out_dim, device=device),
             torch.zeros(0, 1, 3, dtype=torch.long, device=device),
             torch.zeros(0, 1, dtype=torch.bool, device=device),
             torch.ones(0, 3, dtype=torch.long, device=device),
         )
+        return self(tokens, encoded=not learns)
 
 
 @dataclass
@@ -193,9 +221,18 @@ class MultimodalModel(nn.Module):
                 raise ValueError(f"{media.names[0]}: this model reads {read}, not {kind}")
         features = {}
         for kind in self.towers:
-            tower = self.tower(kind)
-            features[kind] = tower(batch.media[kind].tokens if kind in batch.media else tower.no_tokens(self.device))
+            tower, media = self.tower(kind), batch.media.get(kind)
+            features[kind] = tower.without_items(self.device) if media is None else tower(media.tokens, media.encoded)
         return features
+
+    def encoder_learns(self, kind: str) -> bool:
+        """Whether a stage trains the encoder of this kind, so that features stored of it would soon be stale."""
+        return self.tower(kind).encoder_learns
+
+    def encoder_identity(self, kind: str) -> dict[str, Any]:
+        """What the features of this kind depend on: the settings of tokenizer and encoder, and the weights."""
+        tower = self.tower(kind)
+        return identity(tower.tokenizer, tower.encoder)
 
     def forward(
         self,

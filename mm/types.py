@@ -42,13 +42,15 @@ class Media:
     """One media item as it came: `data` holds the file's bytes or its path; `name` is what messages call it.
 
     Where another process has decoded the file already, `tokens` holds what the model's tokenizer made of it, and `data`
-    nothing: the bytes of a stranger then have no way into this one.
+    nothing: the bytes of a stranger then have no way into this one. `features` is what a frozen encoder made of it, as
+    shards store it (mm.datasets.features).
     """
 
     kind: Kind
     data: bytes | Path
     name: str
     tokens: Tokens | None = field(default=None, repr=False, compare=False)
+    features: bytes | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -143,6 +145,9 @@ class Tokens:
     def with_values(self, values: Tensor) -> Tokens:
         return replace(self, values=values)
 
+    def to(self, device: torch.device | str) -> Tokens:
+        return _move(self, torch.device(device), non_blocking=False)
+
     def __len__(self) -> int:
         return self.values.shape[0]
 
@@ -172,12 +177,17 @@ class MediaTokenizer(Protocol):
 class MediaSpec:
     """How the data side makes one kind of media: its tokenizer, and the number of decoder positions it will take.
 
-    `inline` is False for cross-attention bridges: a slot then takes one position, whatever the media's size.
+    `reductions` are the encoder's and then the bridge's. `inline` is False for cross-attention bridges: a slot then
+    takes one position, whatever the media's size.
     """
 
     tokenizer: MediaTokenizer
     reductions: tuple[Reduction, ...] = ()
     inline: bool = True
+
+    def encoded(self, grid: Grid) -> Grid:
+        """What the encoder makes of the tokenizer's grid."""
+        return self.reductions[0](grid) if self.reductions else grid
 
     def slot_length(self, grid: Grid) -> int:
         if not self.inline:
@@ -226,6 +236,7 @@ class MediaBatch:
     rows      (M,) int64 row of the batch           columns (M,) int64 element of that row (a SLOT_IDS id stands there)
     lengths   (M,) int64 decoder positions that the data side counted for the slot; the splice checks them
     names     the items as error messages call them ("sample key: file")
+    encoded   the tokens are an encoder's features already, read from shards
     """
 
     tokens: Tokens
@@ -233,6 +244,7 @@ class MediaBatch:
     columns: Tensor
     lengths: Tensor
     names: list[str]
+    encoded: bool = False
 
 
 @dataclass

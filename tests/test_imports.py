@@ -39,6 +39,7 @@ ALLOWED: dict[str, set[str]] = {
     "mm.export": NETWORK | {"mm.arguments"},
     "mm.upcycle": NETWORK | {"mm.arguments"},
     "mm.info": NETWORK | {"mm.arguments"},
+    "mm.shard": USES | {"mm.arguments"},
     "mm.objectives": USES,
     "mm.generation": USES,
     "mm.generate": RUNS,

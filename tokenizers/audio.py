@@ -47,7 +47,7 @@ class AudioTokenizer:
         if max_seconds <= 0:
             raise ValueError(f"max_seconds={max_seconds}: it must be positive")
         self.rate = rate
-        self.hop = hop
+        self.window, self.hop = window, hop
         self.max_seconds = max_seconds
         self.dim = mels
         self._mel = _mel_filters(rate, window, hop, mels)

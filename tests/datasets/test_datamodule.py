@@ -54,6 +54,12 @@ class Model(torch.nn.Module):
     def media_specs(self) -> dict[str, MediaSpec]:
         return {"image": MediaSpec(ImageTokenizer(patch=4))}
 
+    def encoder_learns(self, kind: str) -> bool:
+        raise AssertionError("no shards here hold features")
+
+    def encoder_identity(self, kind: str) -> dict[str, Any]:
+        raise AssertionError("no shards here hold features")
+
 
 class Probe(LightningModule):
     """Trains on nothing and writes down what it saw."""

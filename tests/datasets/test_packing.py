@@ -23,7 +23,7 @@ def encoded(key: str, elements: int, *media: tuple[str, int, int]) -> Encoded:
     for kind, column, count in media:
         ids[column] = SLOT_IDS[kind]
         tokens = Tokens.of_grid(torch.full((count, 3), column, dtype=torch.uint8), (1, 1, count))
-        items.append(EncodedMedia(kind, tokens, column, count, f"{key}: {kind}"))
+        items.append(EncodedMedia(kind, tokens, column, count, f"{key}: {kind}", len(tokens)))
     length = elements - len(items) + sum(item.length for item in items)
     return Encoded(Sample(key, []), ids, labels, branch_ids, items, length)
 
