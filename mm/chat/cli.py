@@ -33,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         session = _open(args)
     finally:
+        gc.freeze()  # nor is it looked through later: at the end of the process that took as long again
         gc.enable()
     for kind, path in args.media:
         session.attach(kind, path)
