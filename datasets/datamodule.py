@@ -67,11 +67,17 @@ class Reading:
     max_bad   share of the samples read (of 1000 at least) that may be unreadable; past it the run ends. They are passed
               over, counted and written to `quarantine.jsonl` in the run's folder. Validation tolerates none
     cache     local copies of shards behind a URL
+    keep_mib  MiB of media tokens that each worker keeps in memory: what a later epoch brings again is not decoded again
     """
 
     prefetch: int = 2
     max_bad: float = 0.01
     cache: ShardCache = field(default_factory=ShardCache)
+    keep_mib: int = 0
+
+    def __post_init__(self) -> None:
+        if self.keep_mib < 0:
+            raise ValueError(f"data.reading.keep_mib must be 0 or more MiB, not {self.keep_mib}")
 
 
 class StreamingDataModule(LightningDataModule):
@@ -275,10 +281,17 @@ class StreamingDataModule(LightningDataModule):
 
     def _batches(self, samples: SampleStream, sets: dict[str, DataSet], total: int | None, keep_bytes: bool) -> Batches:
         reader: Reader = self._reader or self.trainer.lightning_module.model  # type: ignore[union-attr, assignment]
+<<<<<<< ours
         features: dict[str, Stored] = stored_features(self._open_all(sets), reader) if self.features else {}
         return Batches(
             samples,
             Processor(reader.tokenizer, reader.template, reader.media_specs(), self.row_length, features),
+=======
+        keep = self.reading.keep_mib << 20 if total is None else 0  # validation reads each sample once
+        return Batches(
+            samples,
+            Processor(reader.tokenizer, reader.template, reader.media_specs(), self.row_length, keep),
+>>>>>>> theirs
             self.samples_per_batch,
             self.row_length,
             self.pack,

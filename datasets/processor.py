@@ -7,10 +7,14 @@ Lengths count decoder positions after the splice: a text token takes one, a slot
 
 from __future__ import annotations
 
+<<<<<<< ours
 import math
+=======
+import hashlib
+>>>>>>> theirs
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -87,10 +91,33 @@ class _Remembering:
         return self.known[text]
 
 
+class _Kept:
+    """Tokens of media files by what is in them, until `limit` bytes are held: what came first stays, so that a data set
+    larger than that has a share of its files here in every epoch, and not each for a moment."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.held = limit, 0
+        self.tokens: dict[bytes, Tokens] = {}
+
+    def key(self, media: Media) -> bytes | None:
+        if not self.limit or not isinstance(media.data, bytes):
+            return None
+        return hashlib.blake2b(media.data, digest_size=16, person=media.kind.encode()).digest()
+
+    def add(self, key: bytes, tokens: Tokens) -> None:
+        size = sum(getattr(tokens, field.name).nbytes for field in fields(tokens))
+        if key not in self.tokens and self.held + size <= self.limit:
+            self.tokens[key], self.held = tokens, self.held + size
+
+
 class Processor:
     """Encodes samples for one model. Pure: the same sample gives the same tensors.
 
+<<<<<<< ours
     Of the kinds in `features`, the features that samples bring stand for their media, which are not decoded.
+=======
+    `keep_bytes` of media tokens are kept: a file that comes again, in a later epoch, is not decoded again.
+>>>>>>> theirs
 
     A sample longer than `max_length` (decoder positions; None: no limit) loses, in this order and until it fits,
 
@@ -108,8 +135,13 @@ class Processor:
         template: ChatTemplate,
         specs: Mapping[str, MediaSpec],
         max_length: int | None = None,
+<<<<<<< ours
         features: Mapping[str, Stored] | None = None,
+=======
+        keep_bytes: int = 0,
+>>>>>>> theirs
     ) -> None:
+        self.kept = _Kept(keep_bytes)
         self.tokenizer = _Remembering(tokenizer)
         self.template = template
         self.specs = dict(specs)
@@ -138,7 +170,17 @@ class Processor:
                 f"{self.max_length} that fit; shorten it or raise the maximal length"
             )
         media = [
+<<<<<<< ours
             self._medium(slot, slot_length, decoded[slot.media], f"{sample.key}: {sample.media[slot.media].name}")
+=======
+            EncodedMedia(
+                slot.kind,
+                self._tokens(slot, decoded, sample.media[slot.media]),
+                slot.column,
+                slot_length,
+                f"{sample.key}: {sample.media[slot.media].name}",
+            )
+>>>>>>> theirs
             for slot, slot_length in zip(elements.slots, slot_lengths, strict=True)
             if fits
         ]
@@ -162,6 +204,9 @@ class Processor:
             return self.features[media.kind].read(media.features, self.specs[media.kind], where)
         if media.tokens is not None:
             return media.tokens
+        key = self.kept.key(media)
+        if key is not None and key in self.kept.tokens:
+            return self.kept.tokens[key]
         tokenizer: Any = self.specs[media.kind].tokenizer
         resizer: Resizer | None = tokenizer if hasattr(tokenizer, "resize") else None
         return decode(media, resizer=resizer)
@@ -175,11 +220,21 @@ class Processor:
             return spec.slot_length((t, h, w))
         return spec.slot_length(spec.tokenizer.measure(item))
 
+<<<<<<< ours
     def _medium(self, slot: Slot, length: int, item: Any, name: str) -> EncodedMedia:
         if isinstance(item, Precomputed):
             return EncodedMedia(slot.kind, item.tokens, slot.column, length, name, math.prod(item.grid), encoded=True)
         tokens = item if isinstance(item, Tokens) else self.specs[slot.kind].tokenizer(item)
         return EncodedMedia(slot.kind, tokens, slot.column, length, name, len(tokens))
+=======
+    def _tokens(self, slot: Slot, decoded: dict[int, Any], media: Media) -> Tokens:
+        item = decoded[slot.media]
+        if not isinstance(item, Tokens):
+            item = self.specs[slot.kind].tokenizer(item)
+            if (key := self.kept.key(media)) is not None:
+                self.kept.add(key, item)
+        return item
+>>>>>>> theirs
 
 
 def _length(elements: Elements, slot_lengths: list[int]) -> int:

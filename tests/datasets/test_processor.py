@@ -7,11 +7,12 @@ import io
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 from mm.datasets.chat_template import ChatTemplate
 from mm.datasets.processor import Encoded, Processor
 from mm.tokenizers.image import ImageTokenizer
-from mm.types import IGNORE, SLOT_IDS, Media, MediaError, MediaSpec, Reduction, Sample
+from mm.types import IGNORE, SLOT_IDS, Media, MediaError, MediaSpec, Reduction, Sample, Tokens
 
 SPECIALS = ("<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
 
@@ -175,3 +176,34 @@ def test_encoding_is_pure() -> None:
         first.media[0].tokens.values, second.media[0].tokens.values
     )
     assert first.labels[first.labels != IGNORE].tolist() == [197, 148, 1, 197, 149, 1]
+
+
+class Counting(ImageTokenizer):
+    """Counts what it tokenises."""
+
+    calls = 0
+
+    def __call__(self, media: Tensor) -> Tokens:
+        self.calls += 1
+        return super().__call__(media)
+
+
+def test_kept_tokens_are_those_of_the_file_whatever_its_name_and_within_the_limit() -> None:
+    first, second = picture(8, 8), picture(8, 12)
+    size = sum(part.nbytes for part in vars(processor().encode(about(first)).media[0].tokens).values())
+    counting = Counting(patch=4)
+    specs: dict[str, MediaSpec] = {"image": MediaSpec(counting)}
+    plain, keeping = (Processor(Letters(), ChatTemplate("compact"), specs, None, limit) for limit in (0, size))
+    renamed = Media("image", first.data, "b.png")
+    expected = [plain.encode(about(media)).media[0] for media in (first, renamed, second, second)]
+    assert counting.calls == 4
+    for media, want in zip((first, renamed, second, second), expected, strict=True):
+        got = keeping.encode(about(media)).media[0]
+        assert (got.name, got.length) == (want.name, want.length)
+        for name, tensor in vars(want.tokens).items():
+            torch.testing.assert_close(getattr(got.tokens, name), tensor, rtol=0, atol=0)
+    assert counting.calls == 4 + 1 + 2  # the second picture finds no room and is made anew each time
+
+
+def about(media: Media) -> Sample:
+    return Sample("k", [user("q", 0), assistant("a")], [media])
