@@ -1,7 +1,8 @@
-"""Connections that cost little while they are silent: heads must come in time, a whole exchange may take so long, and
-only so many are open.
+"""Connections that cost little while they are silent: heads must come in time, a whole exchange may take so long, one
+request is in hand, and only so many are open.
 
-uvicorn itself gives a client for ever to send its first head, and to read what was written.
+uvicorn itself gives a client for ever to send its first head, and to read what was written; and it answers whatever is
+sent ahead (HTTP pipelining, which no client in use does), read or not, as fast as it can.
 """
 
 from __future__ import annotations
@@ -43,6 +44,8 @@ def bounded_protocol(limits: ServeLimits) -> type[H11Protocol]:
             self._stir()
             super().data_received(data)
             self._head_came()
+            if self.conn.their_state is h11.DONE and self.conn.trailing_data[0]:
+                self.cycle.keep_alive = False  # it did not wait for its answer, which is its last: RFC 9112, 9.3.2
 
         def resume_writing(self) -> None:
             super().resume_writing()

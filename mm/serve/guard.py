@@ -1,6 +1,7 @@
 """What every request passes before it reaches a route: who may ask, from where, how much and for how long.
 
-head -> Host, Origin, key -> body, counted and timed -> route -> answer, unless the client has gone or time is up
+head -> its turn -> Host, Origin, key -> body, counted and timed -> route -> answer, unless the client has gone or time
+is up
 """
 
 from __future__ import annotations
@@ -21,11 +22,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from mm.serve.errors import error_response
 from mm.serve.limits import GRACE, MediaLimits, Refused, ServeLimits
 from mm.serve.metrics import Metrics
+from mm.serve.turns import Turns
 
 LOG = logging.getLogger("mm.serve")
 LINGER = 5.0  # seconds that the rest of a refused request's body is awaited
 WITH_BODY = ("POST", "PUT", "PATCH")
 PIECE = 1 << 18  # bytes
+HEALTH = "/health"  # has a line of its own: who has many requests may still ask whether they will be answered
 UPLOADS = "/v1/files"  # takes forms; all else that is sent is JSON
 LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 HEADERS = {
@@ -52,7 +55,7 @@ class Guard:
     ) -> None:
         self.app, self.limits, self.media, self.metrics = app, limits, media, metrics
         self._key, self._hosts = api_key, {*LOCAL_NAMES, *hosts}
-        self._held = 0
+        self._held, self._turns = 0, Turns()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -60,12 +63,13 @@ class Guard:
                 await self.app(scope, receive, send)
             return  # there are no websockets here
         reply = _Reply(send, secrets.token_hex(8), scope["method"] in WITH_BODY)
-        start = time.perf_counter()
+        start, client = time.perf_counter(), (scope.get("client") or ["?"])[0]
+        await self._turns.mine(HEALTH if scope["path"] == HEALTH else client)
         try:
             with ExitStack() as exits:
                 self._check(Headers(scope=scope))
                 state = scope.setdefault("state", {})
-                state |= {"request_id": reply.request_id, "exits": exits, "client": (scope.get("client") or ["?"])[0]}
+                state |= {"request_id": reply.request_id, "exits": exits, "client": client}
                 # Nothing here is so large that pieces of it are worth the ways to ask for them.
                 scope["headers"] = [header for header in scope["headers"] if header[0] != b"range"]
                 state["body"] = await self._body(scope, receive, exits)
