@@ -281,17 +281,11 @@ class StreamingDataModule(LightningDataModule):
 
     def _batches(self, samples: SampleStream, sets: dict[str, DataSet], total: int | None, keep_bytes: bool) -> Batches:
         reader: Reader = self._reader or self.trainer.lightning_module.model  # type: ignore[union-attr, assignment]
-<<<<<<< ours
         features: dict[str, Stored] = stored_features(self._open_all(sets), reader) if self.features else {}
-        return Batches(
-            samples,
-            Processor(reader.tokenizer, reader.template, reader.media_specs(), self.row_length, features),
-=======
         keep = self.reading.keep_mib << 20 if total is None else 0  # validation reads each sample once
         return Batches(
             samples,
-            Processor(reader.tokenizer, reader.template, reader.media_specs(), self.row_length, keep),
->>>>>>> theirs
+            Processor(reader.tokenizer, reader.template, reader.media_specs(), self.row_length, features, keep),
             self.samples_per_batch,
             self.row_length,
             self.pack,

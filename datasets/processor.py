@@ -7,11 +7,8 @@ Lengths count decoder positions after the splice: a text token takes one, a slot
 
 from __future__ import annotations
 
-<<<<<<< ours
-import math
-=======
 import hashlib
->>>>>>> theirs
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -113,11 +110,8 @@ class _Kept:
 class Processor:
     """Encodes samples for one model. Pure: the same sample gives the same tensors.
 
-<<<<<<< ours
     Of the kinds in `features`, the features that samples bring stand for their media, which are not decoded.
-=======
     `keep_bytes` of media tokens are kept: a file that comes again, in a later epoch, is not decoded again.
->>>>>>> theirs
 
     A sample longer than `max_length` (decoder positions; None: no limit) loses, in this order and until it fits,
 
@@ -135,11 +129,8 @@ class Processor:
         template: ChatTemplate,
         specs: Mapping[str, MediaSpec],
         max_length: int | None = None,
-<<<<<<< ours
         features: Mapping[str, Stored] | None = None,
-=======
         keep_bytes: int = 0,
->>>>>>> theirs
     ) -> None:
         self.kept = _Kept(keep_bytes)
         self.tokenizer = _Remembering(tokenizer)
@@ -170,17 +161,7 @@ class Processor:
                 f"{self.max_length} that fit; shorten it or raise the maximal length"
             )
         media = [
-<<<<<<< ours
-            self._medium(slot, slot_length, decoded[slot.media], f"{sample.key}: {sample.media[slot.media].name}")
-=======
-            EncodedMedia(
-                slot.kind,
-                self._tokens(slot, decoded, sample.media[slot.media]),
-                slot.column,
-                slot_length,
-                f"{sample.key}: {sample.media[slot.media].name}",
-            )
->>>>>>> theirs
+            self._medium(slot, slot_length, decoded[slot.media], sample)
             for slot, slot_length in zip(elements.slots, slot_lengths, strict=True)
             if fits
         ]
@@ -220,21 +201,21 @@ class Processor:
             return spec.slot_length((t, h, w))
         return spec.slot_length(spec.tokenizer.measure(item))
 
-<<<<<<< ours
-    def _medium(self, slot: Slot, length: int, item: Any, name: str) -> EncodedMedia:
+    def _medium(self, slot: Slot, length: int, item: Any, sample: Sample) -> EncodedMedia:
+        media = sample.media[slot.media]
+        name = f"{sample.key}: {media.name}"
         if isinstance(item, Precomputed):
             return EncodedMedia(slot.kind, item.tokens, slot.column, length, name, math.prod(item.grid), encoded=True)
-        tokens = item if isinstance(item, Tokens) else self.specs[slot.kind].tokenizer(item)
+        tokens = self._tokens(item, media)
         return EncodedMedia(slot.kind, tokens, slot.column, length, name, len(tokens))
-=======
-    def _tokens(self, slot: Slot, decoded: dict[int, Any], media: Media) -> Tokens:
-        item = decoded[slot.media]
-        if not isinstance(item, Tokens):
-            item = self.specs[slot.kind].tokenizer(item)
-            if (key := self.kept.key(media)) is not None:
-                self.kept.add(key, item)
-        return item
->>>>>>> theirs
+
+    def _tokens(self, item: Any, media: Media) -> Tokens:
+        if isinstance(item, Tokens):
+            return item
+        tokens: Tokens = self.specs[media.kind].tokenizer(item)
+        if (key := self.kept.key(media)) is not None:
+            self.kept.add(key, tokens)
+        return tokens
 
 
 def _length(elements: Elements, slot_lengths: list[int]) -> int:

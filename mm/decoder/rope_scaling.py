@@ -74,7 +74,9 @@ class RopeScaling:
 
     def long_frequencies(self, dim: int, theta: float, device: torch.device | None = None) -> Tensor | None:
         """(dim/2,) float32 for documents longer than `original_length`, where these differ (longrope)."""
-        return self._divided("long_factor", inverse_frequencies(dim, theta, device)) if self.kind == "longrope" else None
+        return (
+            self._divided("long_factor", inverse_frequencies(dim, theta, device)) if self.kind == "longrope" else None
+        )
 
     def _divided(self, name: str, plain: Tensor) -> Tensor:
         factors = getattr(self, name)

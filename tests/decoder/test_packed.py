@@ -160,7 +160,9 @@ def test_bounds_are_made_once_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("make", [GroupedAttention, LatentAttention])
 def test_mixers_with_it(make: Any) -> None:
-    options: dict[str, Any] = {"kv_rank": 16, "nope_dim": 8, "rope_dim": 4, "v_dim": 6} if make is LatentAttention else {}
+    options: dict[str, Any] = (
+        {"kv_rank": 16, "nope_dim": 8, "rope_dim": 4, "v_dim": 6} if make is LatentAttention else {}
+    )
     one = make(32, heads=4, **options).double()
     other = make(32, heads=4, backend="varlen", **options).double()
     other.load_state_dict(one.state_dict())

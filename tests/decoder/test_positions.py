@@ -141,9 +141,7 @@ def test_slopes_are_blooms_and_mpts(heads):
     ours = alibi_slopes(heads)
     torch.testing.assert_close(ours, bloom)
     torch.testing.assert_close(ours, mpt)
-    torch.testing.assert_close(
-        alibi_slopes(heads, 6.0), -build_mpt_alibi_tensor(heads, 2, alibi_bias_max=6)[:, 0, 0]
-    )
+    torch.testing.assert_close(alibi_slopes(heads, 6.0), -build_mpt_alibi_tensor(heads, 2, alibi_bias_max=6)[:, 0, 0])
 
 
 def test_a_mixtures_rotary_heads_have_no_slope():

@@ -81,9 +81,7 @@ class Graphs:
 def graphs(monkeypatch: pytest.MonkeyPatch) -> Graphs:
     """Every static cache's steps are recorded."""
     made = Graphs()
-    monkeypatch.setattr(
-        choose, "_static", lambda model, layers: StaticCache(layers, model._step, made.capture)
-    )
+    monkeypatch.setattr(choose, "_static", lambda model, layers: StaticCache(layers, model._step, made.capture))
     monkeypatch.setitem(choose._MAKERS, r"static", choose._static)
     return made
 
@@ -182,9 +180,7 @@ def _fill(cache: StaticCache, number: int, mixer: Any, rows: int, length: int, l
         sizes = {"rope_key": (mixer.rope_dim,), "latent": (mixer.kv_rank,)}
     else:
         sizes = dict.fromkeys(("keys", "values"), (mixer.kv_heads, mixer.head_dim))
-    new = {
-        name: torch.zeros(rows, length, *size, dtype=torch.bfloat16, device="cuda") for name, size in sizes.items()
-    }
+    new = {name: torch.zeros(rows, length, *size, dtype=torch.bfloat16, device="cuda") for name, size in sizes.items()}
     cache.extend(number, layout, **new)
 
 

@@ -1,4 +1,4 @@
-"""torch's own kernel of variable lengths (GPU only): packed documents by their lengths, no mask and no other package."""
+"""torch's own kernel of variable lengths (GPU only): packed documents by their lengths, no mask, no other package."""
 
 from __future__ import annotations
 
@@ -35,9 +35,7 @@ def attend(
     return packed.attend(_kernel, q, k, v, layout, scale, window)
 
 
-def _kernel(
-    q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int, scale: float, window: int | None
-) -> Tensor:
+def _kernel(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int, scale: float, window: int | None) -> Tensor:
     """Key heads are as many as there are, or fewer: the kernel shares them as grouped-query attention does."""
     grouped: dict[str, Any] = {"enable_gqa": True} if k.shape[1] != q.shape[1] and _asks_for_groups() else {}
     # (-1, 0) is all keys up to the query; (w, 0) the w before it and its own.
