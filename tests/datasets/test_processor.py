@@ -193,7 +193,7 @@ def test_kept_tokens_are_those_of_the_file_whatever_its_name_and_within_the_limi
     size = sum(part.nbytes for part in vars(processor().encode(about(first)).media[0].tokens).values())
     counting = Counting(patch=4)
     specs: dict[str, MediaSpec] = {"image": MediaSpec(counting)}
-    plain, keeping = (Processor(Letters(), ChatTemplate("compact"), specs, None, limit) for limit in (0, size))
+    plain, keeping = (Processor(Letters(), ChatTemplate("compact"), specs, keep_bytes=limit) for limit in (0, size))
     renamed = Media("image", first.data, "b.png")
     expected = [plain.encode(about(media)).media[0] for media in (first, renamed, second, second)]
     assert counting.calls == 4
