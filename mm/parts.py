@@ -16,8 +16,8 @@ _T = TypeVar("_T")
 
 def build(config: dict[str, Any], base: type[_T]) -> _T:
     """Builds a part from its `{class_path, init_args}` tree. Raises ValueError naming the key that is wrong."""
-    # Defaults stay with the parts, which have them: spelled out, each level of the tree is read twice as often as that
-    # above it.
+    # Defaults stay with the parts, which have them: to spell them out, the parser reads each level of the tree twice as
+    # often as the one above it.
     parser, parsed = _parse(config, base, defaults=False)
     return parser.instantiate(parsed).part
 

@@ -147,11 +147,6 @@ def test_a_deep_tree_is_not_read_over_and_over(tokenizer: Path, monkeypatch: pyt
 
 def test_what_a_part_deep_inside_needs_is_asked_for(tokenizer: Path) -> None:
     tree = config(tokenizer, "{class_path: mm.fusion.projector.MLPProjector}")
-<<<<<<< ours
-    del tree["init_args"]["decoder"]["init_args"]["mixers"]["full"]["init_args"]["heads"]
-    with pytest.raises(ValueError, match="required: heads"):
-=======
     del tree["init_args"]["decoder"]["init_args"]["ffns"]["dense"]["init_args"]["hidden"]
     with pytest.raises(ValueError, match="required: hidden"):
->>>>>>> theirs
         build(tree, MultimodalModel)
