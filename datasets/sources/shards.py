@@ -1,4 +1,4 @@
-"""Finished shards, to be filtered, changed or given features anew: a folder that mm shard wrote"""
+"""Finished shards, to be filtered, changed or given features anew: a folder that mm shard wrote."""
 
 from __future__ import annotations
 

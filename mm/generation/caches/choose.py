@@ -11,7 +11,6 @@ from typing import Any
 from mm.decoder.attention.windows import StreamingSinks
 from mm.decoder.cache import Cache
 from mm.generation.caches.evicting import EvictingCache
-from mm.generation.caches.graph import on_cuda
 from mm.generation.caches.quantised import QuantisedCache
 from mm.generation.caches.static import StaticCache
 from mm.generation.caches.windowed import WindowedCache
@@ -58,7 +57,7 @@ def _static(model: Any, layers: int) -> StaticCache:
         raise ValueError("cache='static': recurrent layers (Mamba-2, linear attention) keep no positions; use dynamic")
     if model.device.type == "cpu" and not _has_compiler():
         raise ValueError("cache='static' compiles the step, which takes a C++ compiler (g++ or clang++); use dynamic")
-    return StaticCache(layers, model.compiled_step, on_cuda if model.device.type == "cuda" else None)
+    return StaticCache(layers, model.compiled_step)
 
 
 def _has_compiler() -> bool:
