@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import jsonargparse
 import pytest
 import yaml
 from torch import nn
@@ -15,7 +14,7 @@ from mm.fusion.cross_attention import GatedCrossAttentionBridge
 from mm.fusion.projector import MLPProjector
 from mm.fusion.resampler import PerceiverResampler
 from mm.model import MultimodalModel
-from mm.parts import build, normal_form
+from mm.parts import build
 from mm.testing import model_batch, spread, tiny_media, tiny_tokenizer
 from mm.types import Bridge, Encoder, MediaTokenizer
 
@@ -126,27 +125,3 @@ def test_built_parts_do_not_share_weights() -> None:
     tree["init_args"]["vocab_size"] = 20
     a, b = build(tree, Decoder), build(tree, Decoder)
     assert not {p.data_ptr() for p in a.parameters()} & {p.data_ptr() for p in b.parameters()}
-
-
-def test_a_deep_tree_is_not_read_over_and_over(tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With defaults spelled out, the parser reads each level twice as often as the one above: seconds for a model."""
-    reads, read = [], jsonargparse.ArgumentParser.parse_object
-
-    def counted(self: jsonargparse.ArgumentParser, *args: Any, **options: Any) -> Any:
-        reads.append(self)
-        return read(self, *args, **options)
-
-    monkeypatch.setattr(jsonargparse.ArgumentParser, "parse_object", counted)
-    tree = config(tokenizer, "{class_path: mm.fusion.projector.MLPProjector}")
-    build(tree, MultimodalModel)
-    lean = len(reads)
-    reads.clear()
-    normal_form(tree, MultimodalModel)
-    assert 0 < lean < len(reads) / 2
-
-
-def test_what_a_part_deep_inside_needs_is_asked_for(tokenizer: Path) -> None:
-    tree = config(tokenizer, "{class_path: mm.fusion.projector.MLPProjector}")
-    del tree["init_args"]["decoder"]["init_args"]["ffns"]["dense"]["init_args"]["hidden"]
-    with pytest.raises(ValueError, match="required: hidden"):
-        build(tree, MultimodalModel)

@@ -128,7 +128,8 @@ def test_shards_stay_plain_tars_with_the_media_beside_the_features(run: Path) ->
     assert about["dtype"] == "float16" and set(about["towers"]) == set(KINDS)
     assert about["towers"]["image"]["tokenizer"]["patch"] == 2 and len(about["towers"]["image"]["weights"]) == 64
     paths = sorted(str(path) for path in (run / "pictures").glob("*.tar"))
-    read = list(webdataset.WebDataset(paths, shardshuffle=False, empty_check=False))
+    reader: Any = webdataset  # its types do not say what it has
+    read = list(reader.WebDataset(paths, shardshuffle=False, empty_check=False))
     assert len(read) == manifest["samples"] == 40
     before = list(ShardDataset(run / "shards" / "pictures"))
     for files, sample in zip(read, before, strict=True):
@@ -193,7 +194,7 @@ def test_another_towers_features_are_refused_by_name(run: Path, tmp_path: Path) 
     with pytest.raises(ValueError, match=r"set pictures .*its image features were made by another tower \(weights "):
         module({"pictures": run / "pictures"}, model).train_dataloader()
     model = frozen(run)
-    model.tower("image").tokenizer.max_tokens = 9
+    model.tower("image").tokenizer.max_tokens = 9  # pyright: ignore[reportAttributeAccessIssue]
     with pytest.raises(ValueError, match=r"image features .*another tower \(tokenizer.max_tokens 16, here 9\)"):
         module({"pictures": run / "pictures"}, model).train_dataloader()
     model = frozen(run)

@@ -34,6 +34,12 @@ class Reader:
     def media_specs(self) -> dict[str, MediaSpec]:
         return self.specs
 
+    def encoder_learns(self, kind: str) -> bool:
+        raise AssertionError("these shards hold no features")
+
+    def encoder_identity(self, kind: str) -> dict[str, Any]:
+        raise AssertionError("these shards hold no features")
+
 
 def chat(i: int, media: Media) -> Sample:
     parts = [{"type": "image", "media": 0}, {"type": "text", "text": "?"}]
