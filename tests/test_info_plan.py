@@ -50,11 +50,31 @@ def test_a_model_that_fits_says_on_how_many() -> None:
 
 
 def test_moving_hides_behind_enough_tokens() -> None:
-    """At `hidden` tokens, products take as long as the weights' gathers and scatter."""
+    """At `hidden` tokens, products take as long as the weights' gathers and scatter: between machines a number comes
+    once into each, over eight cards, which an H200's links then outrun."""
     found = made(gpus=1024)
     per_token = found.flops / found.tokens
     device = GPUS["h200"]
-    assert found.hidden * per_token / (device.flops * 0.4) == pytest.approx(found.moved_weights / device.network)
+    assert found.hidden * per_token / (device.flops * 0.4) == pytest.approx(found.moved_weights / (8 * device.network))
+
+
+def test_experts_stay_and_tokens_travel() -> None:
+    """By hand, of Qwen3-30B-A3B: 48 layers of 128 experts of 3 x 2048 x 768, of which a token takes 8."""
+    model = build_meta(Path("configs/decoder/qwen3_30b_a3b.yaml"), None)
+    info = describe(model, 4096)
+    found, share = plan(model, info, 1024), 1023 / 1024
+    assert found.moved_weights == pytest.approx(6 * (info.parameters - 48 * 128 * 3 * 2048 * 768) * share)
+    # To and fro, in both passes, in bfloat16.
+    assert found.moved_tokens == pytest.approx(4 * 2 * 48 * 8 * 2048 * 4096 * share)
+    device = GPUS["h200"]
+    seconds = found.moved_weights / (8 * device.network) + found.moved_tokens / device.network
+    assert found.step_moving == pytest.approx(seconds)
+
+
+def test_gpt_3s_flops_are_those_of_its_paper() -> None:
+    """3.14e23 for 300B tokens (arXiv 2005.14165, table D.1), without attention's scores and sums: 6 % at most."""
+    model = build_meta(Path("configs/decoder/gpt3_175b.yaml"), None)
+    assert 1 <= plan(model, describe(model, 2048), 1024, tokens=300e9).flops / 3.14e23 < 1.06
 
 
 @pytest.mark.parametrize(

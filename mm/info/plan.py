@@ -4,9 +4,10 @@ Nothing is measured here. Rules and their sources:
 
 FLOPs      3 x forward a token, attention over half the context: the mean of a causal row
 memory     weights, gradients and moments cut into one share a GPU (ZeRO-3, Rajbhandari et al. 2020, arXiv 1910.02054);
-           one row's activations and logits, and one whole layer's weights as it is computed
-moved      a GPU's share of two gathers of the weights and one scatter of the gradients, in bfloat16; and, where
-           experts are spread over the GPUs, each token's way to its experts and back, forward and backward
+           one row's activations and logits, and one whole layer's weights as it is computed, less its routed experts
+moved      two gathers of the weights and one scatter of the gradients, in bfloat16. Routed experts stay where they lie:
+           each token goes to its experts and back, forward and backward. Between machines a gather brings every number
+           into a machine once, over all its GPUs' cards together; a token goes over its own GPU's card
 bubble     of a pipeline of S stages and M rows: (S - 1) / (M + S - 1) (Huang et al. 2019, arXiv 1811.06965)
 tokens     20 for each weight that a token uses (Hoffmann et al. 2022, arXiv 2203.15556), unless given
 loss       E + A / N^a + B / D^b as refitted by Besiroglu et al. 2024, arXiv 2404.10102: dense models, English web text
@@ -93,15 +94,17 @@ def plan(model: Any, info: Info, gpus: int, gpu: str = "h200", mfu: float = 0.4,
     if mfu > 1:
         raise ValueError(f"mfu={mfu}: it is a share of the GPU's FLOP/s, at most 1")
     device, memory = GPUS[gpu], info.memory
+    gathered = info.parameters - _routed_weights(model)
     tokens = CHINCHILLA * info.active if tokens is None else tokens
     per_token = info.flops_training - 1.5 * info.flops_attention
     rate = device.flops * mfu
     states = memory.weights + memory.gradients + memory.optimizer
-    row = memory.activations + memory.logits + 2 * info.parameters / max(info.layers, 1)
+    row = memory.activations + memory.logits + 2 * gathered / max(info.layers, 1)
     room = device.memory - row
     share = (gpus - 1) / gpus
-    weights, routed = 3 * 2 * info.parameters * share, 4 * 2 * _sent(model) * info.context * share
-    wire = device.link if gpus <= NODE else device.network
+    weights, routed = 3 * 2 * gathered * share, 4 * 2 * _sent(model) * info.context * share
+    within = gpus <= NODE
+    gather, send = (device.link,) * 2 if within else (min(device.link, NODE * device.network), device.network)
     return Plan(
         gpus=gpus,
         gpu=gpu,
@@ -116,8 +119,8 @@ def plan(model: Any, info: Info, gpus: int, gpu: str = "h200", mfu: float = 0.4,
         moved_weights=weights,
         moved_tokens=routed,
         step_compute=per_token * info.context / rate,
-        step_moving=(weights + routed) / wire,
-        hidden=weights / wire / (per_token / rate),
+        step_moving=weights / gather + routed / send,
+        hidden=weights / gather / (per_token / rate),
         bubble=(STAGES - 1) / (ROWS + STAGES - 1),
         loss=(loss := expected_loss(info.active, tokens)),
         optimal_weights=(best := optimal(per_token * tokens))[0],
@@ -137,6 +140,12 @@ def optimal(flops: float) -> tuple[float, float]:
     ratio = (LOSS_ALPHA * LOSS_A / (LOSS_BETA * LOSS_B)) ** (1 / total)
     weights = ratio * (flops / 6) ** (LOSS_BETA / total)
     return weights, flops / 6 / weights
+
+
+def _routed_weights(model: Any) -> int:
+    """Weights of all routed experts, over all layers."""
+    decoder = getattr(model, "decoder", model)
+    return sum(weight.numel() for layer in moe_layers(decoder) for weight in layer.experts.parameters())
 
 
 def _sent(model: Any) -> int:
