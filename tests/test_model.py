@@ -9,13 +9,15 @@ import torch
 from torch import Tensor
 
 from mm.decoder.decoder import Decoder
+from mm.encoders.timm_vision import TimmEncoder
+from mm.encoders.transformer import TransformerEncoder
 from mm.fusion.cross_attention import GatedCrossAttentionBridge
 from mm.fusion.projector import LinearProjector, MLPProjector
 from mm.fusion.resampler import PerceiverResampler
 from mm.model import EmbeddingHead, MultimodalModel, TowerConfig
 from mm.testing import model_batch, tiny_decoder, tiny_media, tiny_model, tiny_tokenizer
 from mm.tokenizers.image import ImageTokenizer
-from mm.types import SLOT_IDS, BridgeFactory
+from mm.types import SLOT_IDS, BridgeFactory, EncoderFactory
 
 BRIDGES: dict[str, BridgeFactory] = {
     "linear": LinearProjector,
@@ -233,3 +235,72 @@ def test_media_embeddings_do_not_feel_the_batch(model: MultimodalModel) -> None:
     alone = model_batch(model, [row("1:image")], {"image": items[:1]})
     close(both[:1], head.embed_media(model.encode_media(alone)["image"]))
     close(both.norm(dim=-1), torch.ones(2))
+
+
+def frozen_model(encoder: EncoderFactory, freeze: bool) -> MultimodalModel:
+    """A tiny model with this encoder of 8-pixel patches; `freeze`: all of it but the encoder learns."""
+    torch.manual_seed(0)
+    tower = TowerConfig(ImageTokenizer(patch=8, max_tokens=16), LinearProjector, encoder)
+    tokenizer = tiny_tokenizer()
+    model = MultimodalModel(tokenizer, tiny_decoder(vocab_size=tokenizer.vocab_size), {"image": tower})
+    model.tower("image").encoder.requires_grad_(not freeze)
+    return model.train()
+
+
+ENCODERS: dict[str, EncoderFactory] = {
+    "transformer": partial(TransformerEncoder, width=16, layers=1, heads=2),
+    "batch norm": partial(TimmEncoder, name="test_resnet", layer=-3),
+    "dropout": partial(TimmEncoder, name="test_vit", options={"img_size": 32, "patch_size": 8, "proj_drop_rate": 0.5}),
+}
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_a_frozen_encoder_keeps_no_graph_and_changes_no_gradient_of_what_learns(name: str) -> None:
+    model = frozen_model(ENCODERS[name], freeze=True)
+    encoder = model.tower("image").encoder
+    assert model.training and not any(part.training for part in encoder.modules())
+    batch = model_batch(model, [row("1:20 1:image 1:21")], {"image": [tiny_media(model, "image", (1, 4, 4))]})
+    before = {key: value.clone() for key, value in encoder.state_dict().items()}
+    tokens, kept = batch.media["image"].tokens, list[Tensor]()
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        out = model.tower("image").encode(tokens)
+    assert not kept and not out.values.requires_grad and out.values.grad_fn is None
+    found = []
+    for graph in (False, True):  # as it is, and with the graph that it would keep if its weights learned
+        encoder.requires_grad_(graph)
+        model.zero_grad()
+        loss = model(batch).logits.square().mean()
+        loss.backward()
+        grads = {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
+        assert graph == any(key.startswith("towers.image.encoder") for key in grads)
+        found.append((loss.detach(), {key: grad for key, grad in grads.items() if ".encoder." not in key}))
+    assert torch.equal(found[0][0], found[1][0]) and found[0][1].keys() == found[1][1].keys()
+    assert any(grad.any() for key, grad in found[0][1].items() if key.startswith("towers.image.bridge"))
+    for key, grad in found[0][1].items():
+        assert torch.equal(grad, found[1][1][key]), key
+    for key, value in encoder.state_dict().items():
+        assert torch.equal(value, before[key]), f"{key}: statistics of a frozen batch norm moved"
+
+
+def test_an_encoder_that_learns_is_trained_as_ever_and_one_may_be_asked_for_gradients_of_its_input() -> None:
+    model = frozen_model(ENCODERS["transformer"], freeze=False)
+    assert all(part.training for part in model.tower("image").modules())
+    batch = model_batch(model, [row("1:20 1:image 1:21")], {"image": [tiny_media(model, "image", (1, 4, 4))]})
+    model(batch).logits.square().mean().backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.tower("image").encoder.parameters())
+    frozen = frozen_model(ENCODERS["transformer"], freeze=True)
+    pixels = batch.media["image"].tokens.values.float().requires_grad_()
+    batch.media["image"].tokens.values = pixels
+    frozen(batch).logits.square().mean().backward()
+    assert pixels.grad is not None and pixels.grad.any()
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_a_batch_without_items_leaves_a_frozen_encoder_alone_and_what_learns_with_zeros(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = frozen_model(ENCODERS[name], freeze=True)
+    monkeypatch.setattr(type(model.tower("image").encoder), "forward", None)
+    model(model_batch(model, [row("1:20 1:21")])).logits.square().sum().backward()
+    for key, parameter in model.tower("image").bridge.named_parameters():
+        assert parameter.grad is not None and not parameter.grad.any(), key

@@ -70,6 +70,7 @@ def chat(answer: str, image: int | None = None) -> Sample:
 
 IMAGES = [chat("red", 1), chat("a green shape or two", 2), chat("blue", 3)]
 TEXTS = [chat("two"), chat("how many beeps are there")]
+FROZEN = "a rank without images, frozen encoders"
 SCENARIOS: dict[str, tuple[Callable[[], Objective], BridgeFactory, list[list[Sample]]]] = {
     "a rank without images": (lambda: NextToken(LM_ALONE), LinearProjector, [IMAGES, TEXTS]),
     "a rank without images, cross-attention": (
@@ -78,6 +79,7 @@ SCENARIOS: dict[str, tuple[Callable[[], Objective], BridgeFactory, list[list[Sam
     "uneven pairs, infonce": (lambda: Align("infonce", 0, LM_ALONE), LinearProjector, [IMAGES[:2], IMAGES[2:]]),
     "uneven pairs, sigmoid": (lambda: Align("sigmoid", 0, LM_ALONE), LinearProjector, [IMAGES[:1], IMAGES[1:]]),
     "a rank without pairs": (lambda: Align("infonce", 0, LM_ALONE), LinearProjector, [IMAGES, []]),
+    FROZEN: (lambda: NextToken(LM_ALONE), LinearProjector, [TEXTS, IMAGES]),
 }  # fmt: skip
 
 
@@ -91,7 +93,8 @@ def main(world: int, out: str) -> None:
             accelerator="cpu", devices=world, strategy="ddp" if world > 1 else "auto", max_steps=2, logger=False,
             enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         )  # fmt: skip
-        module = ObjectiveModule(model, objective(), PlainGradient(warmup=0))
+        train = [f"towers.{kind}.bridge" for kind in model.towers] if name == FROZEN else ["all"]
+        module = ObjectiveModule(model, objective(), PlainGradient(warmup=0), train)
         trainer.fit(module, datamodule=RankRows(model, shares))
         print(name, "done on rank", trainer.global_rank, flush=True)
         changes[name] = {key: p.detach() - before[key] for key, p in model.named_parameters()}
