@@ -80,7 +80,7 @@ def our_frames(data: bytes, times: list[float]) -> Tensor:
 
 def all_frames(data: bytes, times: list[float]) -> Tensor:
     wanted, kept = {int(time * FPS) for time in times}, []
-    with av.open(io.BytesIO(data)) as container:
+    with av.open(io.BytesIO(data), mode="r") as container:
         stream = container.streams.video[0]
         stream.codec_context.thread_count = 1
         for number, frame in enumerate(container.decode(stream)):

@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import timm
@@ -52,7 +53,7 @@ def normalised(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) 
 
 
 def timm_pair(name: str, count: int, stride: int, folder: Path) -> Pair:
-    theirs = timm.create_model(name, pretrained=False, num_classes=0)
+    theirs: Any = timm.create_model(name, pretrained=False, num_classes=0)
     save_file({key: value.contiguous() for key, value in theirs.state_dict().items()}, folder / "timm.safetensors")
     ours = TimmEncoder(3 * stride**2, name, str(folder / "timm.safetensors"))
     pixels, patches = images(count, stride)
@@ -66,7 +67,7 @@ def timm_pair(name: str, count: int, stride: int, folder: Path) -> Pair:
 
 
 def open_clip_pair(name: str, count: int, folder: Path) -> Pair:
-    theirs = open_clip.create_model(name).visual
+    theirs: Any = open_clip.create_model(name).visual
     save_file({key: value.contiguous() for key, value in theirs.state_dict().items()}, folder / "clip.safetensors")
     theirs.output_tokens = True
     mean, std = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
@@ -112,9 +113,9 @@ def transformer_pair(count: int) -> Pair:
 
 def audio_pair(count: int, seconds: int) -> Pair:
     width, heads = 384, 6
-    ours = AudioCNNEncoder(80, width, 4, 4, heads)
+    ours: Any = AudioCNNEncoder(80, width, 4, 4, heads)
     theirs = Plain(ours.blocks, ours.norm, width, heads)
-    convs = nn.ModuleList(
+    convs: Any = nn.ModuleList(
         nn.Conv1d(80 if i == 0 else width, width, 3, conv.stride, 1) for i, conv in enumerate(ours.convs)
     )
     for conv, one in zip(convs, ours.convs, strict=True):  # ours is a linear layer over a frame and its neighbours
@@ -136,7 +137,8 @@ def audio_pair(count: int, seconds: int) -> Pair:
 
 def measure(bench: Bench, name: str, library: str, pair: Pair) -> None:
     ours, theirs, given, call, count = pair
-    ours.eval(), theirs.eval()  # batch norm by its statistics, nothing drawn
+    for each in (ours, theirs):
+        each.eval()  # batch norm by its statistics, nothing drawn
     with torch.no_grad():
         torch.testing.assert_close(
             ours(given).values, call(), rtol=1e-3, atol=1e-4
