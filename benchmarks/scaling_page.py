@@ -178,9 +178,10 @@ def _paper() -> str:
             found = planned(config, gpus)
             days = found.seconds / 86_400
             time = f"{days:,.1f} days" if days >= 1 else f"{days * 24:.1f} hours"
+            states = found.memory_states / 1e9
             lines.append(
                 f"| {name}, {found.tokens / 1e9:,.0f}B | {gpus:,} | {found.flops:.1e} | {time} "
-                f"| {found.memory_states / 1e9:,.3g} GB{'' if found.fits else ' (too much)'} | "
+                f"| {states:,.{0 if states >= 10 else 1}f} GB{'' if found.fits else ' (too much)'} | "
                 f"{found.memory_row / 1e9:.1f} GB "
                 f"| {found.moved_weights / 1e9:,.1f} / {found.moved_tokens / 1e9:.1f} GB "
                 f"| {found.step_compute:.2g} / {found.step_moving:.2g} s | {found.hidden:,.0f} tokens "
