@@ -72,7 +72,7 @@ def without(call: Callable[[], Tensor]) -> Callable[[], object]:
 def main() -> int:
     bench = Bench(__doc__, lambda parser: _length(parser))
     length = bench.args.length
-    slopes = torch.tensor(alibi_slopes(HEADS))
+    slopes = alibi_slopes(HEADS)
     cases: dict[str, tuple[int, dict[str, Any], tuple[float, float] | None]] = {
         f"{DOCUMENTS} documents": (DOCUMENTS, {}, (6, 8)),
         f"window {WINDOW}": (1, {"window": WINDOW}, None),

@@ -155,8 +155,10 @@ class ModelOutput:
 _COMPILE: dict[str, Any] = {
     "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe,
     "size_asserts": False,
-    "cpp_wrapper": True,
 }
+# On a CPU the program calls its kernels from C++. On a GPU a graph does (mm.generation.caches.graph), and kernels are
+# tuned, without which Inductor leaves the product of one row to cuBLAS.
+_COMPILE_FOR: dict[str, dict[str, Any]] = {"cpu": {"cpp_wrapper": True}, "cuda": {"coordinate_descent_tuning": True}}
 
 
 class MultimodalModel(nn.Module):
@@ -288,7 +290,8 @@ class MultimodalModel(nn.Module):
             # Under a name of its own: torch.compile keeps its programs by the code, and must not mix up two models.
             code = type(self)._step.__code__.replace(co_name=f"_step_of_{id(self):x}")
             own = types.FunctionType(code, globals(), code.co_name)
-            self._compiled_step = torch.compile(types.MethodType(own, self), fullgraph=True, options=_COMPILE)
+            options = _COMPILE | _COMPILE_FOR.get(self.device.type, {})
+            self._compiled_step = torch.compile(types.MethodType(own, self), fullgraph=True, options=options)
         return self._compiled_step
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MultimodalModel:

@@ -89,7 +89,7 @@ class TokenEmbedding(nn.Embedding):
 
     def forward(self, ids: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         x = super().forward(ids)
-        return x if self.scale == 1.0 else x * torch.tensor(self.scale, dtype=x.dtype, device=x.device)
+        return x if self.scale == 1.0 else x * torch.full((), self.scale, dtype=x.dtype, device=x.device)
 
 
 class LearnedPositions(nn.Module):

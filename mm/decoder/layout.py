@@ -11,12 +11,14 @@ from functools import cached_property
 from typing import TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mm.decoder.attention.windows import Window, sees
 from mm.types import CrossMedia, Sequence
 
 _T = TypeVar("_T")
+PADDING = 128  # positions of padding that count as one document of `Packed`: a block of the kernels' work
 
 
 @dataclass
@@ -42,6 +44,19 @@ class Places:
     def keep(self, rows: Tensor) -> Places:
         """Those rows, in that order."""
         return Places(self.index[rows], self.document_ids[rows], self.branch_ids[rows])
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Documents of all rows laid one after another, (B * T,) positions: i stands at bounds[i] to bounds[i + 1].
+
+    `bounds` (N + 1,) int32 is on the device, `longest` is the longest document's length. Padding must be in some
+    document, and is in short ones, so that the work on it stays small; `padding` (B, T) bool says where, None: nowhere.
+    """
+
+    bounds: Tensor
+    longest: int
+    padding: Tensor | None
 
 
 @dataclass
@@ -80,23 +95,27 @@ class Layout:
         return self.keys.index.shape[1] - self.queries.index.shape[1]
 
     @cached_property
+    def _on_host(self) -> tuple[Tensor, Tensor]:
+        """The keys' document and branch ids on the CPU: all that the host asks of a pass costs one wait for a GPU."""
+        ids = self.keys.document_ids, self.keys.branch_ids
+        if ids[0].is_cpu:
+            return ids
+        documents, branches = torch.stack(ids).cpu()
+        return documents, branches
+
+    @cached_property
     def has_branches(self) -> bool:
-        return bool(self.keys.branch_ids.any())
+        # With a cache nothing else is asked, and one bit travels faster than all that is cached.
+        return bool((self.keys.branch_ids if self.offset else self._on_host[1]).any())
 
     @cached_property
     def is_plain_causal(self) -> bool:
         """True when a causal mask says it all: no cache, one document a row (padding after it), no branches."""
-        return (
-            self.offset == 0
-            and not self.has_branches
-            and bool((self.keys.document_ids <= 1).all())
-            and self._pads_right
-        )
-
-    @cached_property
-    def _pads_right(self) -> bool:
-        real = self.keys.document_ids > 0
-        return bool((real[:, 1:] <= real[:, :-1]).all())
+        if self.offset or self.has_branches:
+            return False
+        ids = self._on_host[0]
+        real = ids > 0
+        return bool((ids <= 1).all()) and bool((real[:, 1:] <= real[:, :-1]).all())
 
     def remember(self, key: Hashable, make: Callable[[], _T]) -> _T:
         """`make()`, once per forward pass and key."""
@@ -147,18 +166,41 @@ class Layout:
 
     def is_padding(self, row: int, column: int) -> bool:
         """Whether a query stands in no document."""
-        ids = self.remember("document ids", self.queries.document_ids.tolist)
-        return ids[row][column] == 0
+        return int(self._on_host[0][row, column + self.offset]) == 0
 
     def documents(self) -> list[tuple[int, int, int]]:
         """(row, start, end) of every run of equal document ids, padding included, in raster order."""
 
         def make() -> list[tuple[int, int, int]]:
-            ids = self.keys.document_ids
-            change = torch.ones_like(ids, dtype=torch.bool)
-            change[:, 1:] = ids[:, 1:] != ids[:, :-1]
-            rows, starts = (axis.tolist() for axis in change.nonzero(as_tuple=True))
+            ids = self._on_host[0]
+            rows, starts = (axis.tolist() for axis in _begins(ids).nonzero(as_tuple=True))
             ends = [s if r == row else ids.shape[1] for r, s, row in zip(rows[1:], starts[1:], rows[:-1], strict=True)]
             return list(zip(rows, starts, [*ends, ids.shape[1]], strict=True))
 
         return self.remember("documents", make)
+
+    def packed(self) -> Packed:
+        """The same documents for a kernel of variable lengths. Only without a cache."""
+
+        def make() -> Packed:
+            ids = self._on_host[0]
+            padding = ids == 0
+            begins = _begins(ids)
+            begins[:, ::PADDING] |= padding[:, ::PADDING]
+            starts = begins.flatten().nonzero()[:, 0]
+            bounds = F.pad(starts, (0, 1), value=ids.numel())
+            device = self.keys.document_ids.device
+            return Packed(
+                bounds.int().to(device, non_blocking=True),
+                int(bounds.diff().max()),
+                self.keys.document_ids == 0 if bool(padding.any()) else None,
+            )
+
+        return self.remember("packed", make)
+
+
+def _begins(ids: Tensor) -> Tensor:
+    """(B, T) bool: where a run of equal ids begins."""
+    begins = torch.ones_like(ids, dtype=torch.bool)
+    begins[:, 1:] = ids[:, 1:] != ids[:, :-1]
+    return begins

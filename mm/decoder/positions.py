@@ -85,17 +85,16 @@ class Rotary:
         def make() -> tuple[Tensor, Tensor]:
             dim, device = self.rotated(head_dim), layout.positions.device
             scale = 1.0
-            frequencies = inverse_frequencies(dim, self.theta).to(device)
+            frequencies = inverse_frequencies(dim, self.theta, device)
             if self.scaling is not None:
-                frequencies, scale = self.scaling.apply(dim, self.theta)
-                frequencies = frequencies.to(device)
-                if (long := self.scaling.long_frequencies(dim, self.theta)) is not None:
+                frequencies, scale = self.scaling.apply(dim, self.theta, device)
+                if (long := self.scaling.long_frequencies(dim, self.theta, device)) is not None:
                     is_long = layout.document_lengths() > self.scaling.original_length  # (B, T)
-                    frequencies = torch.where(is_long[..., None], long.to(device), frequencies)
+                    frequencies = torch.where(is_long[..., None], long, frequencies)
             if self.sections is None:
                 places = layout.queries.index[..., None].float()
-            else:
-                places = layout.positions[..., torch.tensor(self.axes(dim // 2), device=device)].float()
+            else:  # not by a tensor of axes, which would have to travel to the device
+                places = torch.stack([layout.positions[..., axis] for axis in self.axes(dim // 2)], -1).float()
             angles = (places * frequencies)[:, :, None]
             return angles.cos() * scale, angles.sin() * scale
 
@@ -124,10 +123,10 @@ class Rotary:
         if self.switches_at is not None:
             raise ValueError("keys cannot be moved on: LongRoPE turns them by frequencies that depend on the length")
         dim = self.rotated(k.shape[-1])
-        frequencies = inverse_frequencies(dim, self.theta)
-        if self.scaling is not None:
-            frequencies, _ = self.scaling.apply(dim, self.theta)  # the scale of cos and sin is in the keys already
-        angles = by.float()[:, None] * frequencies.to(k.device)
+        frequencies = inverse_frequencies(dim, self.theta, k.device)
+        if self.scaling is not None:  # the scale of cos and sin is in the keys already
+            frequencies, _ = self.scaling.apply(dim, self.theta, k.device)
+        angles = by.float()[:, None] * frequencies
         angles = angles.view(len(by), *[1] * (k.ndim - 2), -1)
         return self._turn(k, angles.cos().to(k.dtype), angles.sin().to(k.dtype))
 
@@ -160,7 +159,7 @@ class Alibi:
         return k  # the layout says where they stand
 
     def slopes(self, heads: int, device: torch.device) -> Tensor:
-        return torch.tensor(alibi_slopes(heads, self.max_bias), device=device)
+        return alibi_slopes(heads, self.max_bias, device)
 
 
 @dataclass(frozen=True)
@@ -198,9 +197,10 @@ class RotaryAlibi:
         return torch.cat([without, self.alibi.slopes(heads - self.rotary_heads, device)])
 
 
-def alibi_slopes(heads: int, max_bias: float = 8.0) -> list[float]:
-    """2^(-max_bias/n), 2^(-2 max_bias/n), ... for n a power of two; other counts go on with every other slope of the
-    next power's (the paper's code)."""
+def alibi_slopes(heads: int, max_bias: float = 8.0, device: torch.device | None = None) -> Tensor:
+    """(H,) float32: 2^(-max_bias/n), 2^(-2 max_bias/n), ... for n a power of two; other counts go on with every other
+    slope of the next power's (the paper's code). Made on the device, as rotary frequencies are."""
     power = 2 ** math.floor(math.log2(heads))
-    slopes = [2 ** (-max_bias * (i + 1) / power) for i in range(power)]
-    return slopes + [2 ** (-max_bias * (2 * i + 1) / (2 * power)) for i in range(heads - power)]
+    number = torch.arange(heads, dtype=torch.float64, device=device)
+    halves = torch.where(number < power, 2 * (number + 1), 2 * (number - power) + 1)
+    return torch.exp2(halves * (-max_bias / (2 * power))).float()

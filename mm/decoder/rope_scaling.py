@@ -56,31 +56,33 @@ class RopeScaling:
             if value is not None:
                 object.__setattr__(self, name, tuple(value))  # a list from a config: the scheme must be hashable
 
-    def apply(self, dim: int, theta: float) -> tuple[Tensor, float]:
+    def apply(self, dim: int, theta: float, device: torch.device | None = None) -> tuple[Tensor, float]:
         """Inverse frequencies (dim/2,) float32 and the factor that multiplies cos and sin.
 
         For longrope these are the ones of short documents.
         """
-        plain = inverse_frequencies(dim, theta)
+        plain = inverse_frequencies(dim, theta, device)
         if self.kind == "linear":
             return plain / self.factor, 1.0
         if self.kind == "ntk":
-            return inverse_frequencies(dim, theta * self.factor ** (dim / (dim - 2))), 1.0
+            return inverse_frequencies(dim, theta * self.factor ** (dim / (dim - 2)), device), 1.0
         if self.kind == "yarn":
             return self._yarn(plain, dim, theta), self._yarn_attention()
         if self.kind == "longrope":
             return self._divided("short_factor", plain), self._longrope_attention()
         return self._llama3(plain), 1.0
 
-    def long_frequencies(self, dim: int, theta: float) -> Tensor | None:
+    def long_frequencies(self, dim: int, theta: float, device: torch.device | None = None) -> Tensor | None:
         """(dim/2,) float32 for documents longer than `original_length`, where these differ (longrope)."""
-        return self._divided("long_factor", inverse_frequencies(dim, theta)) if self.kind == "longrope" else None
+        return (
+            self._divided("long_factor", inverse_frequencies(dim, theta, device)) if self.kind == "longrope" else None
+        )
 
     def _divided(self, name: str, plain: Tensor) -> Tensor:
         factors = getattr(self, name)
         if len(factors) != len(plain):
             raise ValueError(f"RopeScaling.{name} has {len(factors)} numbers; the rotated pairs are {len(plain)}")
-        return plain / torch.tensor(factors)
+        return plain / torch.tensor(factors).to(plain.device, non_blocking=True)
 
     def _longrope_attention(self) -> float:
         if self.attention_factor is not None:
@@ -96,7 +98,7 @@ class RopeScaling:
         if self.truncate:
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, dim - 1)
-        ramp = ((torch.arange(dim // 2).float() - low) / (high - low or 0.001)).clamp(0, 1)
+        ramp = ((torch.arange(dim // 2, device=plain.device).float() - low) / (high - low or 0.001)).clamp(0, 1)
         return plain / self.factor * ramp + plain * (1 - ramp)
 
     def _yarn_attention(self) -> float:
@@ -118,6 +120,9 @@ def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
-def inverse_frequencies(dim: int, theta: float) -> Tensor:
-    """theta^(-2i/dim) for i < dim/2, float32 (Su et al. 2021, arXiv 2104.09864, section 3.2.2)."""
-    return 1.0 / theta ** (torch.arange(0, dim, 2).float() / dim)
+def inverse_frequencies(dim: int, theta: float, device: torch.device | None = None) -> Tensor:
+    """theta^(-2i/dim) for i < dim/2, float32 (Su et al. 2021, arXiv 2104.09864, section 3.2.2).
+
+    Made where it is used: to copy it to a GPU would make the host wait, and no CUDA graph could hold it.
+    """
+    return 1.0 / theta ** (torch.arange(0, dim, 2, device=device).float() / dim)

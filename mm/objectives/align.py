@@ -55,7 +55,7 @@ class Align:
             media, text, ids = embed_pairs(model, batch, features)
             loss = contrastive_loss(head_of(model), media, text, ids, sigmoid=self.contrastive == "sigmoid")
             mean, parts["contrastive"] = mean + loss, loss.detach()
-        pairs = torch.tensor(float(sum(len(media.rows) for media in batch.media.values())), device=caption.device)
+        pairs = torch.full((), float(sum(len(media.rows) for media in batch.media.values())), device=caption.device)
         return Loss(mean * pairs, pairs, parts | {name: term.detach() for name, term in terms.items()}, output)
 
 

@@ -45,4 +45,4 @@ def next_token_loss(output: ModelOutput) -> tuple[Tensor, Tensor, Tensor]:
     labels = sequence.labels[rows, columns]
     states = output.hidden[rows, sequence.predecessor[rows, columns]]
     loss, right = cross_entropy(output.head, states, labels)
-    return loss, torch.tensor(float(len(labels)), device=labels.device), right
+    return loss, torch.full((), float(len(labels)), device=labels.device), right

@@ -138,12 +138,10 @@ def test_each_document_switches_by_its_own_length():
 def test_slopes_are_blooms_and_mpts(heads):
     bloom = build_alibi_tensor(torch.ones(1, 2, dtype=torch.long), heads, torch.float32)[:, 0, 1]
     mpt = -build_mpt_alibi_tensor(heads, 2)[:, 0, 0]
-    ours = torch.tensor(alibi_slopes(heads))
+    ours = alibi_slopes(heads)
     torch.testing.assert_close(ours, bloom)
     torch.testing.assert_close(ours, mpt)
-    torch.testing.assert_close(
-        torch.tensor(alibi_slopes(heads, 6.0)), -build_mpt_alibi_tensor(heads, 2, alibi_bias_max=6)[:, 0, 0]
-    )
+    torch.testing.assert_close(alibi_slopes(heads, 6.0), -build_mpt_alibi_tensor(heads, 2, alibi_bias_max=6)[:, 0, 0])
 
 
 def test_a_mixtures_rotary_heads_have_no_slope():

@@ -100,7 +100,7 @@ class GroupedAttention(nn.Module):
         self.attend = BACKENDS[backend]
         # A query sees every key of its row and nothing is added to the scores: rows may differ in length.
         plain = window is None and scores.softcap is None and not scores.sinks
-        self.takes_rows = backend == "sdpa" and plain and (positions is None or isinstance(positions, Rotary))
+        self.takes_rows = backend in ("sdpa", "auto") and plain and (positions is None or isinstance(positions, Rotary))
         self.qkv = Linear(width, (heads + 2 * kv_heads) * self.head_dim, bias=bias)
         self.out = Linear(heads * self.head_dim, width, bias=bias if out_bias is None else out_bias)
         norm = QKNorm() if qk_norm is True else qk_norm or None

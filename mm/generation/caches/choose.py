@@ -10,7 +10,9 @@ from typing import Any
 
 from mm.decoder.attention.windows import StreamingSinks
 from mm.decoder.cache import Cache
+from mm.decoder.ffn.moe import moe_layers
 from mm.generation.caches.evicting import EvictingCache
+from mm.generation.caches.graph import on_cuda
 from mm.generation.caches.quantised import QuantisedCache
 from mm.generation.caches.static import StaticCache
 from mm.generation.caches.windowed import WindowedCache
@@ -57,7 +59,9 @@ def _static(model: Any, layers: int) -> StaticCache:
         raise ValueError("cache='static': recurrent layers (Mamba-2, linear attention) keep no positions; use dynamic")
     if model.device.type == "cpu" and not _has_compiler():
         raise ValueError("cache='static' compiles the step, which takes a C++ compiler (g++ or clang++); use dynamic")
-    return StaticCache(layers, model.compiled_step)
+    # On a GPU experts ask how many tokens each of them has, which no graph can wait for.
+    captures = model.device.type == "cuda" and not moe_layers(model.decoder.layers)
+    return StaticCache(layers, model.compiled_step, on_cuda if captures else None)
 
 
 def _has_compiler() -> bool:

@@ -18,6 +18,7 @@ from torch import Tensor
 from mm.decoder.attention.windows import Window, sees
 from mm.decoder.cache import Cache, Shift
 from mm.decoder.layout import Layout, Places
+from mm.generation.caches.graph import Capture, StepGraph
 from mm.types import Sequence
 
 ROOM = 64  # positions: room is made in multiples of it, and for an eighth more than there are
@@ -45,12 +46,16 @@ class StaticCache(Cache):
     """Keeps everything. The prompts are read as they are; every single token after them by `compiled`, a model's step.
 
     Rows that end keep their place and are computed along with the others, so that one program serves a generation:
-    `alive` (b,) int64 are those of the B rows that the caller still knows.
+    `alive` (b,) int64 are those of the B rows that the caller still knows. With `capture` steps are graphs.
     """
 
-    def __init__(self, layers: int, compiled: Callable[[Tensor, Cache], Tensor]) -> None:
+    def __init__(
+        self, layers: int, compiled: Callable[[Tensor, Cache], Tensor], capture: Capture | None = None
+    ) -> None:
         super().__init__(layers)
         self._compiled = compiled
+        self._graph = None if capture is None else StepGraph(compiled, capture)
+        self._stepping = False
         self._alive: Tensor | None = None  # None: all
         self._length = 0
         self._marked: Tensor | None = None
@@ -65,16 +70,15 @@ class StaticCache(Cache):
             for x in (self.index, self.documents, *(x for layer in self.layers for x in layer.values())):
                 torch._dynamo.mark_dynamic(x, 1)
             self._marked = self.index
-        alive, self._alive = self._alive, None
+        alive, self._alive, self._stepping = self._alive, None, True
         try:
-            if alive is None:
-                logits = self._compiled(ids, self)
-            else:
-                logits = self._compiled(ids.new_zeros(len(self.index)).index_copy(0, alive, ids), self)[alive]
+            if alive is not None:
+                ids = ids.new_zeros(len(self.index)).index_copy(0, alive, ids)
+            logits = self._compiled(ids, self) if self._graph is None else self._graph(ids, self, self.index)
         finally:
-            self._alive = alive
+            self._alive, self._stepping = alive, False
         self._length += 1
-        return logits
+        return logits if alive is None else logits[alive]
 
     def begin(self, sequence: Sequence) -> Layout:
         here = Places(sequence.index, sequence.document_ids, sequence.branch_ids)
@@ -87,7 +91,7 @@ class StaticCache(Cache):
             self._length = length
             return Layout.of(sequence)
         new = here.index.shape[1]
-        if not torch.compiler.is_compiling():
+        if not self._stepping:  # a step's caller has counted: its program knows tensors only
             self._make_room(new)
             self._length += new
         columns = self.column + torch.arange(new, device=self.index.device)

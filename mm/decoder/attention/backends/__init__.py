@@ -5,7 +5,7 @@
 
 H is a multiple of G, the layout says who sees whom. scores = softcap(scale * q k^T) - slopes * distance, with `slopes`
 (H,) float32 (ALiBi); `sinks` (H,) are logits that join each softmax's denominator. A backend refuses what it cannot
-express, naming it; none falls back to another.
+express, naming it; none falls back to another. `auto` chooses one of the others by a rule (auto.choose).
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import Literal, Protocol
 
 from torch import Tensor
 
-from mm.decoder.attention.backends import flash, flex, sdpa
+from mm.decoder.attention.backends import auto, flash, flex, sdpa, varlen
 from mm.decoder.attention.windows import Window
 from mm.decoder.layout import Layout
 
-Backend = Literal["sdpa", "flash", "flex"]
+Backend = Literal["sdpa", "flash", "varlen", "flex", "auto"]
 
 
 class Attend(Protocol):
@@ -37,4 +37,10 @@ class Attend(Protocol):
     ) -> Tensor: ...
 
 
-BACKENDS: dict[str, Attend] = {"sdpa": sdpa.attend, "flash": flash.attend, "flex": flex.attend}
+BACKENDS: dict[str, Attend] = {
+    "sdpa": sdpa.attend,
+    "flash": flash.attend,
+    "varlen": varlen.attend,
+    "flex": flex.attend,
+    "auto": auto.attend,
+}

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from mm.decoder.attention.backends import packed
 from mm.decoder.attention.windows import Window
 from mm.decoder.layout import Layout
 
@@ -24,38 +24,26 @@ def attend(
     """As sdpa.attend, for float16/bfloat16 on a GPU. Source: Dao 2023, arXiv 2307.08691 (variable-length form).
 
     Raises ValueError for what the kernel cannot express: slopes, sinks, sparse patterns, branches, and cached
-    decoding.
+    decoding; and where the package is not installed.
     """
-    refused = {
-        "slopes": slopes is not None,
-        "sinks": sinks is not None,
-        "a sparse pattern": window is not None and not isinstance(window, int),
-        "branches": layout.has_branches,
-        "a key/value cache": layout.offset > 0,
-    }
-    if what := ", ".join(name for name, present in refused.items() if present):
-        raise ValueError(f"attention backend 'flash' does not take {what}; set backend: sdpa")
+    packed.refuse("flash", q, v, layout, window, slopes, sinks)
     try:
         from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ValueError(
-            "attention backend 'flash' needs the package flash-attn (pip install 'mm[gpu]') on a GPU machine"
+            "attention backend 'flash' needs the package flash-attn (pip install 'mm[gpu]') on a GPU machine; "
+            "backend: varlen does the same with torch alone"
         ) from error
-    lengths = torch.tensor([end - start for _, start, end in layout.documents()], dtype=torch.int32, device=q.device)
-    bounds = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
-    longest = int(lengths.max())
-    assert window is None or isinstance(window, int)
-    out = flash_attn_varlen_func(
-        q.flatten(0, 1),
-        k.flatten(0, 1),
-        v.flatten(0, 1),
-        bounds,
-        bounds,
-        longest,
-        longest,
-        softmax_scale=scale,
-        causal=True,
-        window_size=(-1, -1) if window is None else (window - 1, 0),
-        softcap=softcap or 0.0,  # the kernel's word for none
-    )
-    return out.view(*q.shape[:-1], v.shape[-1])
+
+    def kernel(
+        q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int, scale: float, window: int | None
+    ) -> Tensor:
+        return flash_attn_varlen_func(
+            q, k, v, bounds, bounds, longest, longest,
+            softmax_scale=scale,
+            causal=True,
+            window_size=(-1, -1) if window is None else (window - 1, 0),
+            softcap=softcap or 0.0,  # the kernel's word for none
+        )  # fmt: skip
+
+    return packed.attend(kernel, q, k, v, layout, scale, window)
