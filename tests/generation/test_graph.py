@@ -183,7 +183,9 @@ def _fill(cache: StaticCache, number: int, mixer: Any, rows: int, length: int, l
         sizes = {"rope_key": (mixer.rope_dim,), "latent": (mixer.kv_rank,)}
     else:
         sizes = dict.fromkeys(("keys", "values"), (mixer.kv_heads, mixer.head_dim))
-    new = {name: torch.zeros(rows, length, *size, dtype=torch.bfloat16, device="cuda") for name, size in sizes.items()}
+    new: Any = {
+        name: torch.zeros(rows, length, *size, dtype=torch.bfloat16, device="cuda") for name, size in sizes.items()
+    }
     cache.extend(number, layout, **new)
 
 
