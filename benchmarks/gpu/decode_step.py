@@ -1,4 +1,4 @@
-"""Greedy decoding of a Llama of 3B parameters in bfloat16: the share of the memory's speed, and transformers' static cache.
+"""Greedy decoding of a Llama of 3B parameters in bfloat16, against the memory's speed and transformers' static cache.
 
     python benchmarks/gpu/decode_step.py
 

@@ -1,4 +1,4 @@
-"""Training steps in bfloat16 of a dense decoder of 1.2B parameters and of a mixture of experts, as shares of the GPU's FLOP/s.
+"""Training steps in bfloat16, dense (1.2B) and a mixture of experts, as shares of the GPU's FLOP/s.
 
     python benchmarks/gpu/mfu.py
 

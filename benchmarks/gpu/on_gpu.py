@@ -33,9 +33,7 @@ class GpuBench(Bench):
     def choose_clock(self) -> Callable[[], float]:
         self.device, self.tiny = torch.device(self.args.device), self.args.tiny
         if self.device.type == "cuda" and not torch.cuda.is_available():
-            print(
-                "this benchmark needs a CUDA GPU and torch sees none; toy sizes: --device cpu --tiny", file=sys.stderr
-            )
+            print("no CUDA GPU that torch sees; toy sizes on a CPU: --device cpu --tiny", file=sys.stderr)
             raise SystemExit(2)
         if self.device.type == "cpu" and not self.tiny:
             print("on a CPU these sizes take hours; toy sizes: --device cpu --tiny", file=sys.stderr)

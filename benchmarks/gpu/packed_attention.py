@@ -1,4 +1,4 @@
-"""Attention over packed documents and windows in bfloat16, by every backend that can, against one call with a dense mask.
+"""Attention over packed documents and windows in bfloat16, by every backend that can, against a dense mask.
 
     python benchmarks/gpu/packed_attention.py
 

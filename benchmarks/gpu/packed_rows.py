@@ -33,8 +33,7 @@ def batch_of(rows: list[list[int]], device: torch.device) -> Batch:
         documents[row, : len(numbers)] = numbers
     ids = torch.randint(5, 500, documents.shape).masked_fill(documents == 0, 0)
     labels = ids.masked_fill(documents == 0, IGNORE)
-    parts = (ids, labels, documents, torch.zeros_like(ids))
-    return Batch(*(part.to(device) for part in parts))
+    return Batch(ids, labels, documents, torch.zeros_like(ids)).to(device)
 
 
 def packed(lengths: list[int], room: int) -> list[list[int]]:

@@ -1,4 +1,4 @@
-"""Whether the GPU computes what the CPU does: attention backends, values and gradients, and logits of small published decoders.
+"""Whether a GPU computes what the CPU does: attention's values and gradients, logits of small published decoders.
 
     python benchmarks/gpu/parity.py
 
@@ -29,6 +29,7 @@ SIZES: dict[str, Any] = {
     "vocab_size": 512, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 3, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 256,
 }  # fmt: skip
+HEAD: dict[str, Any] = {"head_dim": 32}
 MOE: dict[str, Any] = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 LATENT: dict[str, Any] = {
     "q_lora_rank": 48, "kv_lora_rank": 32, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32,
@@ -40,10 +41,10 @@ LATENT: dict[str, Any] = {
 def configs() -> dict[str, Any]:
     return {
         "Llama": transformers.LlamaConfig(**SIZES),
-        "Qwen3-MoE": transformers.Qwen3MoeConfig(**SIZES, **MOE, head_dim=32),
+        "Qwen3-MoE": transformers.Qwen3MoeConfig(**SIZES, **MOE, **HEAD),
         "DeepSeek-V3": transformers.DeepseekV3Config(**SIZES | LATENT),
         "gpt-oss": transformers.GptOssConfig(
-            **SIZES, head_dim=32, num_local_experts=8, num_experts_per_tok=2, sliding_window=16
+            **SIZES, **HEAD, num_local_experts=8, num_experts_per_tok=2, sliding_window=16
         ),
     }
 
