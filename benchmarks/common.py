@@ -79,7 +79,14 @@ class Bench:
     bench = Bench(__doc__);  bench.add(...) for each row;  sys.exit(bench.end())
     """
 
-    def __init__(self, doc: str | None, *extra: Callable[[argparse.ArgumentParser], object]) -> None:
+    device = torch.device("cpu")
+
+    def __init__(
+        self,
+        doc: str | None,
+        *extra: Callable[[argparse.ArgumentParser], object],
+        argv: Sequence[str] | None = None,
+    ) -> None:
         parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
         parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: for shared machines")
         parser.add_argument("--threads", type=int, metavar="N", help="of torch (default: its own choice)")
@@ -87,13 +94,16 @@ class Bench:
         parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
         for add in extra:
             add(parser)
-        self.args = parser.parse_args()
+        self.args = parser.parse_args(argv)
         if self.args.threads:
             torch.set_num_threads(self.args.threads)
-        self.clock = time.process_time if self.args.clock == "cpu" else time.perf_counter
+        self.clock = self.choose_clock()
         self.rows: list[Row] = []
         print(", ".join(f"{name} {value}" for name, value in self.about().items()), flush=True)
         print(HEAD, flush=True)
+
+    def choose_clock(self) -> Callable[[], float]:
+        return time.process_time if self.args.clock == "cpu" else time.perf_counter
 
     def about(self) -> dict[str, Any]:
         versions = {name: importlib.import_module(name).__version__ for name in ("torch", "transformers")}

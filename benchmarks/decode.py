@@ -26,8 +26,13 @@ from torch import Tensor
 import mm
 
 PROMPT, NEW = 16, 32
+LARGE = {"llama_3b": (3072, 8192, 28, 24, 8), "llama_tiny": (64, 128, 2, 4, 2)}  # of benchmarks/gpu
 RATIOS = {("llama", 1): (2.0, 2.5), ("moe", 1): (2.5, 3.5), ("llama", 8): (1.2, 2.5), ("moe", 8): (1.2, 2.5)}
-SHARES = {"torch.float32": (0.75, 0.9), "torch.bfloat16": (0.55, 0.8)}  # of the dense model with one row
+SHARES = {  # of the dense model with one row
+    "llama, torch.float32": (0.75, 0.9),
+    "llama, torch.bfloat16": (0.55, 0.8),
+    "llama_3b, torch.bfloat16": (0.65, 0.8),
+}
 COMMON: dict[str, Any] = {"vocab_size": 16384, "num_hidden_layers": 8, "tie_word_embeddings": True}
 
 
@@ -36,6 +41,14 @@ HEADS: dict[str, Any] = {"head_dim": 64}
 
 def reference(name: str) -> Any:
     torch.manual_seed(0)
+    if name in LARGE:
+        width, hidden, layers, heads, groups = LARGE[name]
+        return transformers.LlamaForCausalLM(
+            transformers.LlamaConfig(
+                vocab_size=16384, num_hidden_layers=layers, tie_word_embeddings=True, hidden_size=width,
+                intermediate_size=hidden, num_attention_heads=heads, num_key_value_heads=groups,
+            )
+        )  # fmt: skip
     if name == "llama":
         config = transformers.LlamaConfig(
             **COMMON, hidden_size=640, intermediate_size=1728, num_attention_heads=10, num_key_value_heads=5
@@ -68,12 +81,14 @@ def per_token(generate: Callable[[int], Any], clock: Callable[[], float]) -> flo
 
 
 def measure(bench: Bench, name: str, dtype: torch.dtype, rows: int, caches: list[str]) -> None:
-    theirs = reference(name).to(dtype).eval()
+    theirs = reference(name).to(bench.device, dtype).eval()
     with tempfile.TemporaryDirectory() as folder:
         theirs.save_pretrained(folder)
-        ours = mm.load(folder).eval().to(dtype)
-    ids = torch.randint(0, 16384, (rows, PROMPT), generator=torch.Generator().manual_seed(1))
+        ours = mm.load(folder).eval().to(bench.device, dtype)
+    ids = torch.randint(0, 16384, (rows, PROMPT), generator=torch.Generator().manual_seed(1)).to(bench.device)
     options = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None, "attention_mask": torch.ones_like(ids)}
+    if bench.device.type == "cuda":
+        options["cache_implementation"] = "static"  # their fastest: a compiled step
 
     def by_transformers(count: int) -> Tensor:
         return theirs.generate(ids, max_new_tokens=count, min_new_tokens=count, **options)[:, PROMPT:]
@@ -82,7 +97,7 @@ def measure(bench: Bench, name: str, dtype: torch.dtype, rows: int, caches: list
         f"mm, cache {cache}": lambda count, cache=cache: ours.generate(ids, max_new_tokens=count, stop=(), cache=cache)
         for cache in caches
     }
-    memory, expected = torch.ones(2**27), by_transformers(NEW)
+    memory, expected = torch.ones(2**27, device=bench.device), by_transformers(NEW)
     same = {run: float((generate(NEW) == expected).float().mean()) for run, generate in runs.items()}
     times: dict[str, list[float]] = {run: [] for run in runs}
     speeds: list[float] = []
@@ -105,7 +120,7 @@ def measure(bench: Bench, name: str, dtype: torch.dtype, rows: int, caches: list
         judged = run == "mm, cache static"
         floor, goal = RATIOS.get((name, rows), (None, None)) if judged else (None, None)
         bench.add(**common, peer="transformers", ratio=base / seconds, judged="ratio", floor=floor, goal=goal)
-        floor, goal = SHARES[str(dtype)] if judged and (name, rows) == ("llama", 1) else (None, None)
+        floor, goal = SHARES.get(f"{name}, {dtype}", (None, None)) if judged and rows == 1 else (None, None)
         bench.add(**common, **share, floor=floor, goal=goal)
         if same[run] < 1:
             bench.note(f"{what}, {run}: {same[run]:.0%} of its tokens are transformers' (random weights, rounding)")

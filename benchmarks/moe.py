@@ -33,9 +33,9 @@ CASES: list[tuple[int, int, int, torch.dtype, Goals, Goals, Goals]] = [
 ]
 
 
-def theirs(experts: int, chosen: int, implementation: str) -> nn.Module:
+def theirs(experts: int, chosen: int, implementation: str, width: int = WIDTH, hidden: int = HIDDEN) -> nn.Module:
     config: Any = Qwen3MoeConfig(
-        hidden_size=WIDTH, moe_intermediate_size=HIDDEN, num_experts=experts, num_experts_per_tok=chosen,
+        hidden_size=width, moe_intermediate_size=hidden, num_experts=experts, num_experts_per_tok=chosen,
         norm_topk_prob=True,
     )  # fmt: skip
     config._experts_implementation = implementation
@@ -48,7 +48,7 @@ def theirs(experts: int, chosen: int, implementation: str) -> nn.Module:
 
 def ours(block: Any, experts: int, chosen: int) -> SparseMoE:
     """With the block's weights."""
-    layer = SparseMoE(WIDTH, HIDDEN, experts, chosen)
+    layer = SparseMoE(block.gate.weight.shape[1], block.experts.down_proj.shape[2], experts, chosen)
     with torch.no_grad():
         layer.router.weight.copy_(block.gate.weight)
         layer.experts.get_parameter("gate_up").copy_(block.experts.gate_up_proj)
@@ -59,7 +59,11 @@ def ours(block: Any, experts: int, chosen: int) -> SparseMoE:
 def run(layer: nn.Module, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     """The layer's output and its input's gradient; gradients of weights are thrown away, as an optimizer would."""
     x = x.clone().requires_grad_()
-    out = layer(x, torch.ones(x.shape[:2], dtype=torch.bool))[0] if isinstance(layer, SparseMoE) else layer(x)
+    out = (
+        layer(x, torch.ones(x.shape[:2], dtype=torch.bool, device=x.device))[0]
+        if isinstance(layer, SparseMoE)
+        else layer(x)
+    )
     out.backward(grad)
     for parameter in layer.parameters():
         parameter.grad = None
