@@ -149,7 +149,7 @@ def test_memory_to_train() -> None:
     mixed = info.describe(decoder, context=10, batch=3).memory
     assert mixed.weights == 6 * found.parameters and mixed.activations == memory.activations // 2
     assert mixed.logits == 30 * V * 10
-    decoder.checkpoint_activations = True  # type: ignore[assignment]
+    decoder.checkpoint_activations = "full"  # type: ignore[assignment]
     recomputed = info.describe(decoder, context=10, batch=3, precision="32-true").memory
     assert recomputed.recomputed and recomputed.activations == 30 * 4 * (kept // 2 + 2 * D)
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from mm.decoder import recompute
 from mm.decoder.attention.cross import GatedCrossAttention
 from mm.decoder.cache import Cache
 from mm.decoder.embedding import Embedding, Head, Projection
@@ -20,6 +20,7 @@ from mm.decoder.ffn.moe import SparseMoE
 from mm.decoder.init import EMBEDDING_STD, Init
 from mm.decoder.layout import Layout
 from mm.decoder.norms import RMSNorm
+from mm.decoder.recompute import Recompute
 from mm.decoder.reread import Rereader
 from mm.types import Routing, Sequence
 
@@ -106,9 +107,10 @@ class Decoder(nn.Module):
     how the stream starts, `head` how logits come out of it; `tie_embeddings` makes the head's matrix the embedding's.
     `mtp` predicts tokens further ahead from the hidden states: objectives and drafting call it, not the forward pass.
     `cross_every` n puts gated cross-attention into every n-th layer, but only if a bridge asks for it
-    (`add_cross_attention`). `checkpoint_activations` recomputes each layer in the backward pass instead of keeping its
-    activations. Matrices start normal with `init_std`; None is 1 / sqrt(their input width), which lets narrow models
-    (under some 500 wide) learn sooner.
+    (`add_cross_attention`). `checkpoint_activations` says what the backward pass makes again instead of keeping it:
+    "full" every layer, "selective" what is cheap (results of matrix products and of attention are kept), n every n-th
+    layer from the first. Matrices start normal with `init_std`; None is 1 / sqrt(their input width), which lets narrow
+    models (under some 500 wide) learn sooner. Raises ValueError for another policy.
     """
 
     def __init__(
@@ -125,12 +127,12 @@ class Decoder(nn.Module):
         mtp: Callable[[int], nn.Module] | None = None,
         cross_every: int = 2,
         cross_heads: int = 8,
-        checkpoint_activations: bool = False,
+        checkpoint_activations: Recompute = "none",
         init_std: float | None = 0.02,
     ) -> None:
         super().__init__()
         self.width, self.cross_every, self.cross_heads = width, cross_every, cross_heads
-        self.checkpoint_activations = checkpoint_activations
+        self.checkpoint_activations: Recompute = recompute.check(checkpoint_activations)
         self.tie_embeddings, self.embedding_options, self.head_options = tie_embeddings, embedding, head
         kinds = [_split(name) for group in layers for _ in range(group.repeat) for name in group.pattern]
         self.init = Init(init_std, len(kinds))
@@ -181,8 +183,8 @@ class Decoder(nn.Module):
         layout = Layout.of(sequence) if cache is None else cache.begin(sequence)
         x, mask, routings = self._start(sequence), sequence.mask, []
         for number, layer in enumerate(self.layers):
-            if self.checkpoint_activations and self.training:
-                x, routing = checkpoint(layer, x, mask, layout, None, number, use_reentrant=False)  # type: ignore[misc]
+            if self.training and recompute.recomputes(self.checkpoint_activations, number):
+                x, routing = recompute.run(self.checkpoint_activations, layer, x, mask, layout, None, number)
             else:
                 x, routing = layer(x, mask, layout, cache, number)
             routings.append(routing)

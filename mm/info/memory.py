@@ -9,6 +9,7 @@ from typing import Any, Literal
 from torch import nn
 
 from mm.decoder.norms import LayerNorm, RMSNorm
+from mm.decoder.recompute import Recompute, recomputes
 
 Precision = Literal["bf16-mixed", "bf16-true", "32-true"]
 
@@ -54,11 +55,16 @@ def training_memory(decoder: Any, parameters: int, context: int, batch: int, pre
     if precision not in BYTES:
         raise ValueError(f"precision must be {', '.join(BYTES)}, not {precision!r}")
     size, tokens = BYTES[precision], batch * context
-    recomputed = bool(getattr(decoder, "checkpoint_activations", False))
-    layers = [kept_by(layer, size.activation) for layer in decoder.layers]
+    policy: Recompute = getattr(decoder, "checkpoint_activations", "none")
+    recomputed, layers = policy != "none", [kept_by(layer, size.activation) for layer in decoder.layers]
     if recomputed:
-        width = decoder.embed.weight.shape[1]
-        layers = [max(layers, default=0), *(width * size.activation for _ in layers)]
+        again = [recomputes(policy, number) for number in range(len(layers))]
+        ends = [decoder.embed.weight.shape[1] * size.activation for _ in layers]
+        if policy == "selective":
+            ends = [end + _results(layer, size.activation) for end, layer in zip(ends, decoder.layers, strict=True)]
+        most = max((kept for kept, made in zip(layers, again, strict=True) if made), default=0)
+        each = zip(layers, ends, again, strict=True)
+        layers = [most, *(min(end, kept) if made else kept for kept, end, made in each)]
     vocabulary = decoder.embed.weight.shape[0]
     parts = {
         "weights": parameters * (size.weight + size.copy),
@@ -87,6 +93,15 @@ def kept_by(layer: nn.Module, size: int) -> int:
             beyond, beyond_float32 = kept()
             products, float32 = products + beyond, float32 + beyond_float32
     return size * products + 4 * float32
+
+
+def _results(layer: nn.Module, size: int) -> int:
+    """Bytes that a layer of "selective" keeps of one token: outputs of matrix products and of attention."""
+    numbers = sum(module.out_features for module in layer.modules() if isinstance(module, nn.Linear))
+    for module in layer.modules():
+        kept: Any = getattr(module, "kept_numbers", None)
+        numbers += kept()[0] if kept is not None else 0
+    return size * numbers
 
 
 def _expert_products(layer: nn.Module) -> Iterator[int]:

@@ -25,7 +25,8 @@ kinds = {"window": {"window": 512}, "alibi": {"positions": Alibi()}, "sinks": {"
 options = {"positions": Rotary()} | kinds.get(kind, {})
 mixer = partial(GroupedAttention, heads=4, kv_heads=2, **options)
 groups = [LayerGroup(["m/f"], 4)]
-decoder = Decoder(256, {"m": mixer}, {"f": partial(GatedFFN, hidden=512)}, groups, 300, checkpoint_activations=True)
+ffns = {"f": partial(GatedFFN, hidden=512)}
+decoder = Decoder(256, {"m": mixer}, ffns, groups, 300, checkpoint_activations="full")
 model = MultimodalModel(tiny_tokenizer(), decoder)
 torch.manual_seed(0)
 ids = torch.randint(300, (1, length))
