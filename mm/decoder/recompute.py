@@ -2,6 +2,7 @@
 
 Chen et al. 2016, "Training deep nets with sublinear memory cost" (arXiv:1604.06174); what to keep by cost: Korthikanti
 et al. 2022 (arXiv:2205.05198), by torch's selective checkpointing.
+The products of experts write into buffers that they share, which it cannot keep: "selective" makes those again.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""Activation checkpointing: no policy changes a gradient, and each keeps less than the one before."""
+"""Activation checkpointing: no policy changes a gradient, and what is kept and multiplied again is as it says."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mm.decoder.decoder import Decoder
+from mm.decoder.ffn.dense import GatedFFN
 from mm.fusion.splice import splice
 from mm.testing import element_batch, tiny_decoder
 from mm.types import Sequence
@@ -76,11 +78,14 @@ def test_what_is_no_policy_is_refused(policy: Any) -> None:
         tiny_decoder(checkpoint_activations=policy)
 
 
-def test_selective_multiplies_nothing_again() -> None:
+@pytest.mark.parametrize("sparse", [False, True])
+def test_selective_multiplies_nothing_again_but_experts(sparse: bool) -> None:
     torch.manual_seed(0)
-    decoder, flops = tiny_decoder(layers=4).train(), {}
+    ffn, flops = None if sparse else partial(GatedFFN, hidden=48), {}
+    decoder = tiny_decoder(layers=4, ffn=ffn).train()
     for policy in POLICIES:
         with FlopCounterMode(display=False) as counter:
             step(decoder, policy)
         flops[policy] = counter.get_total_flops()
-    assert flops["none"] == flops["selective"] < flops[2] < flops["full"], flops
+    assert flops["none"] < flops[2] < flops["full"] and flops["selective"] < flops["full"], flops
+    assert (flops["selective"] > flops["none"]) == sparse, flops
