@@ -109,8 +109,8 @@ class Decoder(nn.Module):
     `cross_every` n puts gated cross-attention into every n-th layer, but only if a bridge asks for it
     (`add_cross_attention`). `checkpoint_activations` says what the backward pass makes again instead of keeping it:
     "full" every layer; "selective" what is cheap, and experts (results of other matrix products and of attention are
-    kept); n every n-th layer from the first. Matrices start normal with `init_std`; None is 1 / sqrt(their input width), which lets narrow
-    models (under some 500 wide) learn sooner. Raises ValueError for another policy.
+    kept); n every n-th layer from the first. Matrices start normal with `init_std`; None is 1 / sqrt(their input
+    width), which lets narrow models (under some 500 wide) learn sooner. Raises ValueError for another policy.
     """
 
     def __init__(

@@ -96,7 +96,7 @@ def kept_by(layer: nn.Module, size: int) -> int:
 
 
 def _results(layer: nn.Module, size: int) -> int:
-    """Bytes that a layer of "selective" keeps of one token: outputs of matrix products (not of experts) and of attention."""
+    """Bytes that a layer of "selective" keeps of one token: outputs of products (not of experts), and of attention."""
     numbers = sum(module.out_features for module in layer.modules() if isinstance(module, nn.Linear))
     for module in layer.modules():
         kept: Any = getattr(module, "kept_numbers", None)
