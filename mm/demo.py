@@ -80,28 +80,27 @@ class Demo:
     fit_options: list[str]
     stages: list[dict[str, Any]] = field(default_factory=list)
 
-    def run(self, title: str, *command: str, capture: bool = False) -> str:
-        """One command, its output shown, or captured and returned."""
+    def run(self, title: str, *command: str) -> None:
+        """One command, its output shown."""
         self.announce(title, command)
         start = time.perf_counter()
-        pipe = subprocess.PIPE if capture else None
-        done = subprocess.run([*MM, *command], text=True, stdout=pipe)
+        done = subprocess.run([*MM, *command])
         self.note(title, command, done.returncode, time.perf_counter() - start)
-        return (done.stdout or "").strip()
 
-    def run_pairs(self, titled: dict[str, list[str]]) -> None:
-        """Commands of one process each, two at a time: loading torch takes longer than most of them."""
+    def run_pairs(self, titled: dict[str, list[str]]) -> list[str]:
+        """Commands of one process each, two at a time, as loading torch takes longer than most; what they printed."""
 
-        def work(title: str) -> None:
+        def work(title: str) -> str:
             start = time.perf_counter()
-            done = subprocess.run([*MM, *titled[title]], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            done = subprocess.run([*MM, *titled[title]], text=True, capture_output=True)
             self.announce(title, titled[title])
-            self.console.print(done.stdout.strip(), highlight=False)
+            for text in filter(None, (done.stderr.strip(), done.stdout.strip())):
+                self.console.print(text, highlight=False, markup=False)
             self.note(title, titled[title], done.returncode, time.perf_counter() - start)
+            return done.stdout.strip()
 
         with ThreadPoolExecutor(2) as pool:
-            for finished in [pool.submit(work, title) for title in titled]:
-                finished.result()
+            return [finished.result() for finished in [pool.submit(work, title) for title in titled]]
 
     def announce(self, title: str, command: Sequence[str]) -> None:
         self.console.rule(f"[bold]{title}", align="left")
@@ -141,7 +140,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def chat(demo: Demo) -> list[dict[str, str]]:
     """One one-shot chat about each kind of media; the files are kept under `runs/demo/media` for the user to try."""
-    answers = []
+    asked: list[tuple[str, str]] = []
+    commands = {}
     (RUN / "media").mkdir(parents=True, exist_ok=True)
     for kind, (source, question) in CHAT.items():
         sample = next(iter(source))
@@ -149,10 +149,13 @@ def chat(demo: Demo) -> list[dict[str, str]]:
         file = RUN / "media" / f"{kind}{Path(media.name).suffix}"
         assert isinstance(media.data, bytes)
         file.write_bytes(media.data)
-        answer = demo.run(f"Chat: {kind}", "chat", str(RUN / "model"), f"--{kind}", str(file), question, capture=True)
-        demo.console.print(f"{question} -> [bold]{answer}")
-        answers.append({"file": str(file), "question": question, "answer": answer})
-    return answers
+        asked.append((str(file), question))
+        commands[f"Chat: {kind}"] = ["chat", str(RUN / "model"), f"--{kind}", str(file), question]
+    answers = demo.run_pairs(commands)
+    return [
+        {"file": file, "question": question, "answer": answer}
+        for (file, question), answer in zip(asked, answers, strict=True)
+    ]
 
 
 def summarise(demo: Demo, answers: list[dict[str, str]]) -> dict[str, Any]:
