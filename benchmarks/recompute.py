@@ -36,7 +36,8 @@ def child(policy: Any, clock: Any, repeats: int, threads: int | None) -> dict[st
     if threads:
         torch.set_num_threads(threads)
     torch.manual_seed(0)
-    ffns, mixers = {"f": partial(GatedFFN, hidden=1216)}, {"m": partial(GroupedAttention, heads=7)}
+    ffns: dict[str, Any] = {"f": partial(GatedFFN, hidden=1216)}
+    mixers: dict[str, Any] = {"m": partial(GroupedAttention, heads=7)}
     groups = [LayerGroup(["m/f"], 7)]
     decoder = Decoder(448, mixers, ffns, groups, VOCABULARY, checkpoint_activations=policy)
     model = MultimodalModel(tiny_tokenizer(), decoder).train()

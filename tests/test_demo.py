@@ -145,8 +145,10 @@ def test_summary_has_the_promised_keys_from_the_stages_files(tmp_path: Path, mon
 
 def test_a_failing_command_ends_the_demo_and_is_named() -> None:
     stages = demo.Demo(Console(file=io.StringIO()), [])
-    assert stages.run("Version", "--version", capture=True).startswith("mm ")
+    assert stages.run_pairs({"Version": ["--version"]})[0].startswith("mm ")
     assert stages.stages[0]["command"] == "mm --version" and stages.stages[0]["seconds"] >= 0
     with pytest.raises(SystemExit, match=r"demo: `mm chat 'no such model' hello` failed with exit status 2"):
-        stages.run("Chat", "chat", "no such model", "hello", capture=True)
+        stages.run("Chat", "chat", "no such model", "hello")
+    with pytest.raises(SystemExit, match=r"`mm chat 'no such model' hello` failed with exit status 2"):
+        stages.run_pairs({"Chat": ["chat", "no such model", "hello"]})
     assert len(stages.stages) == 1
