@@ -127,12 +127,12 @@ class Decoder(nn.Module):
         mtp: Callable[[int], nn.Module] | None = None,
         cross_every: int = 2,
         cross_heads: int = 8,
-        checkpoint_activations: Recompute = "none",
+        checkpoint_activations: Recompute | bool = "none",
         init_std: float | None = 0.02,
     ) -> None:
         super().__init__()
         self.width, self.cross_every, self.cross_heads = width, cross_every, cross_heads
-        self.checkpoint_activations: Recompute = recompute.check(checkpoint_activations)
+        self.checkpoint_activations: Recompute = recompute.policy_of(checkpoint_activations)
         self.tie_embeddings, self.embedding_options, self.head_options = tie_embeddings, embedding, head
         kinds = [_split(name) for group in layers for _ in range(group.repeat) for name in group.pattern]
         self.init = Init(init_std, len(kinds))

@@ -26,15 +26,15 @@ KEPT = frozenset({
 })  # fmt: skip
 
 
-def check(recompute: Recompute) -> Recompute:
-    """Raises ValueError for what is no policy; true and false, which older configs have, are none."""
-    named = isinstance(recompute, str) and recompute in ("none", "full", "selective")
-    if not named and (isinstance(recompute, (bool, str)) or not isinstance(recompute, int) or recompute < 1):
-        raise ValueError(
-            f"Decoder.checkpoint_activations must be none, full, selective or a number of layers from 1, "
-            f"got {recompute!r} (for true write full, for false none)"
-        )
-    return recompute
+def policy_of(value: Recompute | bool) -> Recompute:
+    """What a config says; true and false, as older ones have it, are full and none. Raises ValueError for all else."""
+    if isinstance(value, bool):
+        return "full" if value else "none"
+    if value in ("none", "full", "selective") or (isinstance(value, int) and value >= 1):
+        return value
+    raise ValueError(
+        f"Decoder.checkpoint_activations must be none, full, selective or a number of layers from 1, got {value!r}"
+    )
 
 
 def recomputes(recompute: Recompute, number: int) -> bool:

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mm.decoder.decoder import Decoder
 from mm.decoder.ffn.dense import GatedFFN
 from mm.fusion.splice import splice
+from mm.parts import build
 from mm.testing import element_batch, tiny_decoder
 from mm.types import Sequence
 
@@ -72,7 +73,17 @@ def test_layers_that_are_recomputed_keep_less() -> None:
     assert kept["full"] < kept["none"] / 3, kept
 
 
-@pytest.mark.parametrize("policy", [True, False, 0, -1, "some", 1.5])
+@pytest.mark.parametrize("given,meant", [(True, "full"), (False, "none"), (3, 3)])
+def test_true_and_false_are_what_older_configs_have(given: Any, meant: Any) -> None:
+    tree = {"class_path": "mm.decoder.decoder.Decoder", "init_args": {
+        "width": 16, "mixers": {"m": {"class_path": "mm.decoder.attention.grouped.GroupedAttention"}},
+        "ffns": {"f": {"class_path": "mm.decoder.ffn.dense.GatedFFN", "init_args": {"hidden": 8}}},
+        "layers": [{"pattern": ["m/f"]}], "vocab_size": 9, "checkpoint_activations": given,
+    }}  # fmt: skip
+    assert build(tree, Decoder).checkpoint_activations == meant
+
+
+@pytest.mark.parametrize("policy", [0, -1, "some", 1.5])
 def test_what_is_no_policy_is_refused(policy: Any) -> None:
     with pytest.raises(ValueError, match="checkpoint_activations must be none, full, selective or a number"):
         tiny_decoder(checkpoint_activations=policy)
