@@ -112,7 +112,9 @@ class Bench:
             "clock": self.args.clock, "date": str(date.today()), **versions,
         }  # fmt: skip
 
-    def times(self, calls: Mapping[str, Callable[[], object]], warmup: int = 2) -> dict[str, tuple[float, float]]:
+    def times(
+        self, calls: Mapping[str, Callable[[], object]], warmup: int = 2, repeats: int | None = None
+    ) -> dict[str, tuple[float, float]]:
         """name -> (median seconds, noise), all of them in turn each round. Each is repeated to last CALL seconds."""
         inner: dict[str, int] = {}
         for name, call in calls.items():
@@ -122,7 +124,7 @@ class Bench:
             call()
             inner[name] = max(1, int(CALL / max(self.clock() - start, 1e-6)))
         taken: dict[str, list[float]] = {name: [] for name in calls}
-        for _ in range(self.args.repeats):
+        for _ in range(repeats or self.args.repeats):
             for name, call in calls.items():
                 gc.collect()
                 start = self.clock()

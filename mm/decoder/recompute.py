@@ -2,7 +2,8 @@
 
 Chen et al. 2016, "Training deep nets with sublinear memory cost" (arXiv:1604.06174); what to keep by cost: Korthikanti
 et al. 2022 (arXiv:2205.05198), by torch's selective checkpointing.
-The products of experts write into buffers that they share, which it cannot keep: "selective" makes those again.
+Experts' products one by one write into buffers that they share, which it cannot keep: "selective" makes those again,
+and keeps grouped ones.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ Recompute = Literal["none", "full", "selective"] | int
 _aten = torch.ops.aten
 KEPT = frozenset({
     _aten.mm.default, _aten.addmm.default, _aten.bmm.default, _aten.baddbmm.default, _aten.convolution.default,
+    _aten._grouped_mm.default,
     _aten._scaled_dot_product_flash_attention.default, _aten._scaled_dot_product_efficient_attention.default,
     _aten._scaled_dot_product_cudnn_attention.default, _aten._scaled_dot_product_flash_attention_for_cpu.default,
     _aten._scaled_dot_product_fused_attention_overrideable.default, _aten._scaled_dot_product_attention_math.default,

@@ -61,23 +61,26 @@ class Gated:
 
     def forward(self, x: Tensor, out: Tensor) -> None:
         gate, up = x.chunk(2, -1)
-        torch.mul(self._act(gate), up, out=out)
+        self._act(gate, out).mul_(up)
 
     def backward(self, x: Tensor, grad: Tensor, out: Tensor) -> None:
         gate, up = x.chunk(2, -1)
         grad_gate, grad_up = out.chunk(2, -1)
-        torch.mul(grad, self._act(gate), out=grad_up)
+        self._act(gate, grad_up).mul_(grad)
         grad_act = grad.mul_(up)
         if self.kind == "silu":
-            grad_gate.copy_(_aten.silu_backward(grad_act, gate))
+            _aten.silu_backward.grad_input(grad_act, gate, grad_input=grad_gate)
         else:
-            approximate = "tanh" if self.kind == "gelu_tanh" else "none"
-            grad_gate.copy_(_aten.gelu_backward(grad_act, gate, approximate=approximate))
+            _aten.gelu_backward.grad_input(grad_act, gate, approximate=self._form, grad_input=grad_gate)
 
-    def _act(self, gate: Tensor) -> Tensor:
+    def _act(self, gate: Tensor, out: Tensor) -> Tensor:
         if self.kind == "silu":
-            return torch.nn.functional.silu(gate)
-        return torch.nn.functional.gelu(gate, approximate="tanh" if self.kind == "gelu_tanh" else "none")
+            return _aten.silu.out(gate, out=out)
+        return _aten.gelu.out(gate, approximate=self._form, out=out)
+
+    @property
+    def _form(self) -> str:
+        return "tanh" if self.kind == "gelu_tanh" else "none"
 
 
 @dataclass(frozen=True)

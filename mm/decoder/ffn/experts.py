@@ -1,19 +1,19 @@
-"""Expert weights and the dropless dispatch: tokens sorted by expert, one contiguous slice an expert.
+"""Experts' weights, and what they say of the tokens that a router sends them.
 
-Shape legend: `S` tokens, `K` experts each, `R` routed rows (at most S*K), `E` experts, `D` width, `F` expert hidden
-width, `I` = 2F for gated experts, else F.
+Shape legend: `S` tokens, `K` experts each, `E` experts, `D` width, `F` expert hidden width, `I` = 2F for gated experts,
+else F.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from mm.decoder.few_rows import few_rows, suits
 from mm.decoder.ffn.activations import Activation, ClampedSwiglu, Gated, Plain
+from mm.decoder.ffn.dispatch import Dispatch, check, groups, run
 from mm.decoder.init import Init
 from mm.types import Routing
 
@@ -24,13 +24,27 @@ class Experts(nn.Module):
     No token is dropped here; an expert with no token costs nothing, nor does padding (its result is zero).
     Weights: first (E, I, D), for gated experts the gate's rows before the values'; down (E, D, F); with `bias` also
     first_bias (E, I) and down_bias (E, D). The first matrix is called `gate_up` where it is gated, else `up`.
+
+    `dispatch` says how products are made of tokens that go to different experts: "slices" one by one, "grouped" all at
+    once (torch's grouped_mm, which asks the host nothing), "auto" grouped on a GPU of compute capability 9 or later in
+    bfloat16 and slices elsewhere. The result is the same but for the order of sums.
     """
 
     down_bias: nn.Parameter | None
+    dispatch: Dispatch
 
-    def __init__(self, width: int, hidden: int, num_experts: int, activation: Activation, bias: bool) -> None:
+    def __init__(
+        self,
+        width: int,
+        hidden: int,
+        num_experts: int,
+        activation: Activation,
+        bias: bool,
+        dispatch: Dispatch = "auto",
+    ) -> None:
         super().__init__()
-        self.num_experts, self.activation = num_experts, activation
+        check(dispatch)
+        self.num_experts, self.activation, self.dispatch = num_experts, activation, dispatch
         self.first_name = "gate_up" if activation.gated else "up"
         inner = 2 * hidden if activation.gated else hidden
         self.register_parameter(self.first_name, nn.Parameter(torch.empty(num_experts, inner, width)))
@@ -53,7 +67,11 @@ class Experts(nn.Module):
             return self._few(x, routing, first, first_bias)
         parts = (x, first, first_bias, self.down, self.down_bias, routing.weights)
         cast = (None if part is None else part.to(dtype) for part in parts)
-        return _SortedSlices.apply(*cast, routing.indices, routing.taken(), self.activation)  # type: ignore[no-any-return]
+        return run(self.dispatch, *cast, routing.indices, routing.taken(), self.activation)  # type: ignore[arg-type]
+
+    def groups(self, device: torch.device, dtype: torch.dtype) -> bool:
+        """Whether products there, in that dtype, are grouped: the host then waits for no token's expert."""
+        return groups(self.dispatch, device, dtype, self.get_parameter(self.first_name), self.down)
 
     def _few(self, x: Tensor, routing: Routing, first: Tensor, first_bias: Tensor | None) -> Tensor:
         """The same for few tokens, as in decoding: no sorting, and only the chosen experts' weights are read."""
@@ -75,8 +93,10 @@ class SwigluExperts(Experts):
 
     gate_up: nn.Parameter
 
-    def __init__(self, width: int, hidden: int, num_experts: int, bias: bool = False) -> None:
-        super().__init__(width, hidden, num_experts, Gated("silu"), bias)
+    def __init__(
+        self, width: int, hidden: int, num_experts: int, bias: bool = False, dispatch: Dispatch = "auto"
+    ) -> None:
+        super().__init__(width, hidden, num_experts, Gated("silu"), bias, dispatch)
 
 
 class GegluExperts(Experts):
@@ -91,8 +111,9 @@ class GegluExperts(Experts):
         num_experts: int,
         activation: Literal["gelu", "gelu_tanh"] = "gelu_tanh",
         bias: bool = False,
+        dispatch: Dispatch = "auto",
     ) -> None:
-        super().__init__(width, hidden, num_experts, Gated(activation), bias)
+        super().__init__(width, hidden, num_experts, Gated(activation), bias, dispatch)
 
 
 class ClampedSwigluExperts(Experts):
@@ -108,8 +129,9 @@ class ClampedSwigluExperts(Experts):
         alpha: float = 1.702,
         limit: float = 7.0,
         bias: bool = True,
+        dispatch: Dispatch = "auto",
     ) -> None:
-        super().__init__(width, hidden, num_experts, ClampedSwiglu(alpha, limit), bias)
+        super().__init__(width, hidden, num_experts, ClampedSwiglu(alpha, limit), bias, dispatch)
 
 
 class PlainExperts(Experts):
@@ -124,101 +146,6 @@ class PlainExperts(Experts):
         num_experts: int,
         activation: Literal["gelu", "gelu_tanh", "relu", "relu2"] = "gelu_tanh",
         bias: bool = True,
+        dispatch: Dispatch = "auto",
     ) -> None:
-        super().__init__(width, hidden, num_experts, Plain(activation), bias)
-
-
-class _SortedSlices(torch.autograd.Function):
-    """One autograd node for the whole dispatch: products write into slices of shared buffers, forward and backward."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        first: Tensor,
-        first_bias: Tensor | None,
-        down: Tensor,
-        down_bias: Tensor | None,
-        weights: Tensor,
-        indices: Tensor,
-        taken: Tensor,
-        activation: Activation,
-    ) -> Tensor:
-        tokens, chosen = indices.shape
-        experts = len(first)
-        places = torch.where(taken, indices, experts).reshape(-1)  # what is not taken goes past the last expert
-        counts = torch.bincount(places, minlength=experts + 1).tolist()[:experts]
-        order = places.argsort(stable=True)[: sum(counts)]  # (R,) routed (token, choice) pairs, grouped by expert
-        rows = x.index_select(0, order // chosen)
-        before = rows.new_empty(len(order), first.shape[1])
-        inner = rows.new_empty(len(order), down.shape[2])
-        out = rows.new_empty(len(order), x.shape[1])
-        for expert, part in _slices(counts):
-            _linear(rows[part], first[expert], None if first_bias is None else first_bias[expert], before[part])
-            activation.forward(before[part], inner[part])
-            _linear(inner[part], down[expert], None if down_bias is None else down_bias[expert], out[part])
-        back = torch.full_like(places, len(order))  # where each (token, choice) went; past the end: nowhere
-        back[order] = torch.arange(len(order), device=order.device)
-        ctx.save_for_backward(rows, before, inner, out, first, first_bias, down, down_bias, weights, order, back)
-        ctx.counts, ctx.activation = counts, activation
-        per_choice = _gather(out, back).view(tokens, chosen, x.shape[1])
-        return torch.bmm(weights.unsqueeze(1), per_choice).squeeze(1)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        rows, before, inner, out, first, first_bias, down, down_bias, weights, order, back = ctx.saved_tensors
-        tokens, chosen = weights.shape
-        wants_x, wants_first, wants_first_bias, wants_down, wants_down_bias = ctx.needs_input_grad[:5]
-        grad_rows = grad.index_select(0, order // chosen)
-        grad_weights = _gather((grad_rows * out).sum(-1, keepdim=True), back).view(tokens, chosen)
-        grad_out = grad_rows.mul_(weights.reshape(-1).index_select(0, order).unsqueeze(1))
-        grad_before = torch.empty_like(before)
-        grad_x = torch.empty_like(rows) if wants_x else None
-        grad_first, grad_first_bias, grad_down, grad_down_bias = (
-            torch.zeros_like(weight) if wanted else None  # frozen experts cost no product
-            for weight, wanted in (
-                (first, wants_first),
-                (first_bias, wants_first_bias),
-                (down, wants_down),
-                (down_bias, wants_down_bias),
-            )
-        )
-        for expert, part in _slices(ctx.counts):
-            if grad_down is not None:
-                torch.mm(grad_out[part].t(), inner[part], out=grad_down[expert])
-            if grad_down_bias is not None:
-                torch.sum(grad_out[part], 0, out=grad_down_bias[expert])
-            ctx.activation.backward(before[part], grad_out[part] @ down[expert], grad_before[part])
-            if grad_first is not None:
-                torch.mm(grad_before[part].t(), rows[part], out=grad_first[expert])
-            if grad_first_bias is not None:
-                torch.sum(grad_before[part], 0, out=grad_first_bias[expert])
-            if grad_x is not None:
-                torch.mm(grad_before[part], first[expert], out=grad_x[part])
-        grad_tokens = None if grad_x is None else _gather(grad_x, back).view(tokens, chosen, rows.shape[1]).sum(1)
-        return grad_tokens, grad_first, grad_first_bias, grad_down, grad_down_bias, grad_weights, None, None, None
-
-
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    if bias is None:
-        torch.mm(x, weight.t(), out=out)
-    else:
-        torch.addmm(bias, x, weight.t(), out=out)
-
-
-def _gather(rows: Tensor, back: Tensor) -> Tensor:
-    """rows[back], zero where `back` points past the last row."""
-    if len(rows) == len(back):  # every choice was carried out, the usual case
-        return rows.index_select(0, back)
-    return torch.cat([rows, rows.new_zeros(1, rows.shape[1])]).index_select(0, back)
-
-
-def _slices(counts: list[int]) -> list[tuple[int, slice]]:
-    """(expert, its slice of the sorted rows) of every expert that has rows."""
-    parts, start = [], 0
-    for expert, count in enumerate(counts):
-        if count:
-            parts.append((expert, slice(start, start + count)))
-        start += count
-    return parts
+        super().__init__(width, hidden, num_experts, Plain(activation), bias, dispatch)

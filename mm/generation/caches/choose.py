@@ -59,8 +59,10 @@ def _static(model: Any, layers: int) -> StaticCache:
         raise ValueError("cache='static': recurrent layers (Mamba-2, linear attention) keep no positions; use dynamic")
     if model.device.type == "cpu" and not _has_compiler():
         raise ValueError("cache='static' compiles the step, which takes a C++ compiler (g++ or clang++); use dynamic")
-    # On a GPU experts ask how many tokens each of them has, which no graph can wait for.
-    captures = model.device.type == "cuda" and not moe_layers(model.decoder.layers)
+    # No graph can wait for a host that asks how many tokens each expert has.
+    captures = model.device.type == "cuda" and all(
+        layer.experts.groups(model.device, layer.experts.down.dtype) for layer in moe_layers(model.decoder.layers)
+    )
     return StaticCache(layers, model.compiled_step, on_cuda if captures else None)
 
 
