@@ -20,7 +20,7 @@ class CompileLayers(Callback):
         self.backend = backend
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        compile_layers(pl_module.model.decoder, self.backend)  # type: ignore[union-attr]
+        compile_layers(pl_module.model.decoder, self.backend)  # type: ignore[arg-type, union-attr]
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         for layer in pl_module.model.decoder.layers:  # type: ignore[union-attr]

@@ -1,8 +1,9 @@
-"""Compiled layers: the same weights after a step, and only while a stage trains. Traced here, and not made into anything faster."""
+"""Compiled layers: the same weights after a step, and only while a stage trains. Traced here, not made into kernels."""
 
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import lightning.pytorch as pl
 import pytest
@@ -18,7 +19,7 @@ from tests.training.test_module import SAMPLES, PlainGradient, fit
 class Compiled(pl.Callback):
     """How many layers were compiled when the step began."""
 
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self.layers = [layer._compiled_call_impl is not None for layer in pl_module.model.decoder.layers]
 
 
