@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
-from jsonargparse._common import parser_context
+from jsonargparse._common import parser_context  # there is no public way
 
 from mm.allowlist import allow_imports
 from mm.config_errors import shorten
