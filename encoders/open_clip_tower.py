@@ -7,14 +7,17 @@ from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import Any
 
-import open_clip
-from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
-from open_clip.model import CLIPVisionCfg, _build_vision_tower, resize_pos_embed  # no public way builds one tower
-from open_clip.pretrained import get_pretrained_cfg
-from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
 from mm.encoders.images import ImageTower, load_weights, read_weights
+from mm.encoders.light_imports import compiler_put_off
+
+with compiler_put_off():
+    import open_clip
+    from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+    from open_clip.model import CLIPVisionCfg, _build_vision_tower, resize_pos_embed  # no public way builds one tower
+    from open_clip.pretrained import get_pretrained_cfg
+    from open_clip.transformer import VisionTransformer
 
 
 class OpenClipEncoder(ImageTower):

@@ -5,10 +5,13 @@ from __future__ import annotations
 from difflib import get_close_matches
 from typing import Any
 
-import timm
 from torch import Tensor, nn
 
 from mm.encoders.images import ImageTower, load_weights, read_weights
+from mm.encoders.light_imports import compiler_put_off
+
+with compiler_put_off():
+    import timm
 
 
 class TimmEncoder(ImageTower):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,11 @@ import pytest
 import yaml
 from torch import nn
 
+from mm import allowlist, parts
+from mm.decoder.attention.latent import LatentAttention
 from mm.decoder.decoder import Decoder
+from mm.decoder.norms import HeadNorm
+from mm.decoder.positions import Alibi, Rotary
 from mm.fusion.cross_attention import GatedCrossAttentionBridge
 from mm.fusion.projector import MLPProjector
 from mm.fusion.resampler import PerceiverResampler
@@ -125,3 +130,82 @@ def test_built_parts_do_not_share_weights() -> None:
     tree["init_args"]["vocab_size"] = 20
     a, b = build(tree, Decoder), build(tree, Decoder)
     assert not {p.data_ptr() for p in a.parameters()} & {p.data_ptr() for p in b.parameters()}
+
+
+class Choice:
+    """Its default differs from what `Rotary` has by itself."""
+
+    def __init__(self, positions: Rotary | Alibi = Rotary(3.0, pairs="adjacent"), norm: HeadNorm | None = None) -> None:
+        self.positions, self.norm = positions, norm
+
+
+class Inherited(Choice):
+    def __init__(self, extra: int = 1, **more: Any) -> None:
+        super().__init__(**more)
+
+
+class Outer:
+    @dataclass(frozen=True)
+    class Inner:
+        size: int = 2
+
+    def __init__(self, inner: Outer.Inner = Inner(), name: str = "x") -> None:
+        self.inner = inner
+
+
+@pytest.mark.parametrize("kind", ["Choice", "Inherited"])
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, Rotary(3.0, pairs="adjacent")),
+        ({"positions": {"fraction": 0.5}}, Rotary(3.0, fraction=0.5, pairs="adjacent")),
+        ({"positions": {"class_path": "mm.decoder.positions.Rotary"}}, Rotary(3.0, pairs="adjacent")),
+        ({"positions": {"class_path": "mm.decoder.positions.Alibi"}}, Alibi()),
+        ({"positions": {"class_path": "mm.decoder.positions.Alibi", "init_args": {}}}, Alibi()),
+        ({"positions": "mm.decoder.positions.Alibi"}, Alibi()),
+        ({"positions": {"max_bias": 4.0}}, Alibi(4.0)),
+    ],
+)
+def test_what_is_left_out_is_as_in_the_arguments_default(
+    kind: str, given: dict[str, Any], expected: Rotary | Alibi, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(allowlist, "ALLOWED", (*allowlist.ALLOWED, __name__))
+    part = build({"class_path": f"{__name__}.{kind}", "init_args": given}, Choice)
+    assert part.positions == expected
+
+
+@pytest.mark.parametrize("positions", [None, {"theta": 100.0}])
+def test_latent_attention_stays_with_adjacent_pairs(positions: dict[str, Any] | None) -> None:
+    given = {"width": 32, "heads": 2} | ({"positions": positions} if positions else {})
+    part = build({"class_path": "mm.decoder.attention.latent.LatentAttention", "init_args": given}, LatentAttention)
+    assert part.positions == Rotary(100.0 if positions else 1e4, pairs="adjacent")
+
+
+def test_a_class_within_a_class_is_built_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(allowlist, "ALLOWED", (*allowlist.ALLOWED, __name__))
+    inner = {"class_path": f"{__name__}.Outer.Inner", "init_args": {"size": 3}}
+    assert build({"class_path": f"{__name__}.Outer", "init_args": {"inner": inner}}, Outer).inner == Outer.Inner(3)
+
+
+@pytest.mark.parametrize("wrong", [{"shufle": [1, 2, 2]}, {"shuffle": "two"}, {}])
+def test_only_a_tree_with_a_mistake_is_parsed_in_full(
+    wrong: dict[str, Any], tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parsed = []
+    full = parts._parse
+    monkeypatch.setattr(parts, "_parse", lambda *given: parsed.append(given) or full(*given))
+    tree = config(tokenizer, "{class_path: mm.fusion.projector.MLPProjector}")
+    tree["init_args"]["towers"]["image"]["bridge"]["init_args"] = wrong
+    if wrong:
+        with pytest.raises(ValueError, match=r"^mm\.model\.MultimodalModel: towers\.bridge"):
+            build(tree, MultimodalModel)
+    else:
+        build(tree, MultimodalModel)
+    assert len(parsed) == bool(wrong)
+
+
+def test_a_missing_argument_is_named(tokenizer: Path) -> None:
+    tree = config(tokenizer, "{class_path: mm.fusion.projector.MLPProjector}")
+    del tree["init_args"]["decoder"]["init_args"]["ffns"]["dense"]["init_args"]["hidden"]
+    with pytest.raises(ValueError, match=r"^mm\.model\.MultimodalModel: decoder\.ffns: .* are required: hidden$"):
+        build(tree, MultimodalModel)
