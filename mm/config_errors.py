@@ -6,6 +6,7 @@ import re
 
 from mm.allowlist import ALLOWED
 
+UNION = "Does not validate against any of the Union"
 _NOISE = re.compile(r"Does not validate against|Subtypes:|Errors:|Given value|Problem with given class_path")
 _KEY = re.compile(r'Parser key "([^"]+)":\s*(.*)')
 _CALLABLE = re.compile(r"Type \S*Callable.* expects a function or a callable class: ")
@@ -21,7 +22,7 @@ def shorten(message: str) -> str:
     keys: list[tuple[int, str]] = []
     leaves: list[tuple[int, str]] = []
     lines = message.splitlines()
-    if not any(_KEY.search(line) for line in lines):
+    if not any(_KEY.search(line) or line.strip() == "Errors:" for line in lines):
         return _reason(" ".join(line.strip() for line in lines if not _NOISE.search(line)))
     for line in lines:
         text = line.lstrip(" -")
@@ -32,8 +33,11 @@ def shorten(message: str) -> str:
             keys.append((indent, match[1]))
             text = match[2]
         if text and not _NOISE.match(text):
-            leaves.append((indent, f"{'.'.join(key for _, key in keys)}: {_reason(text)}"))
-    return max(leaves, key=lambda leaf: leaf[0])[1]
+            path = ".".join(key for _, key in keys)
+            leaves.append((indent, f"{path}: {_reason(text)}" if path else _reason(text)))
+    # Of a part whose own constructor refused it, all that is said beside is what else might have stood there.
+    own = [leaf for leaf in leaves if not leaf[1].startswith("Expected a ")] or leaves
+    return max(own, key=lambda leaf: leaf[0])[1]
 
 
 def _reason(text: str) -> str:

@@ -28,7 +28,11 @@ def build(config: dict[str, Any], base: type[_T]) -> _T:
         parsed = _parse_once(parser, config)
         if _says_enough(parsed.part):
             return parser.instantiate(parsed).part
-    return parser.instantiate(_parse(parser, config, base)).part
+    parsed = _parse(parser, config, base)
+    try:
+        return parser.instantiate(parsed).part
+    except ValueError as error:
+        raise ValueError(f"{_name(config, base)}: {shorten(str(error))}") from error
 
 
 def normal_form(config: dict[str, Any], base: type) -> dict[str, Any]:
@@ -49,7 +53,11 @@ def _parse(parser: ArgumentParser, config: dict[str, Any], base: type) -> Namesp
         return parser.parse_object({"part": copy.deepcopy(config)})  # the parser writes into what it reads
     except (ArgumentError, ValueError, TypeError) as error:
         reason = shorten(getattr(error, "message", str(error))).removeprefix("part.").removeprefix("part: ")
-        raise ValueError(f"{config.get('class_path', base.__name__)}: {reason}") from error
+        raise ValueError(f"{_name(config, base)}: {reason}") from error
+
+
+def _name(config: dict[str, Any], base: type) -> str:
+    return config.get("class_path", base.__name__)
 
 
 def _parse_once(parser: ArgumentParser, config: dict[str, Any]) -> Namespace:

@@ -35,6 +35,8 @@ class Bridge(nn.Module):
 class Network(nn.Module):
     def __init__(self, width: int, bridges: dict[str, Callable[[int, int], Bridge]] | None = None):
         super().__init__()
+        if width > 100:
+            raise ValueError(f"Network: width {width} is more than 100")
         self.bridges = nn.ModuleDict({name: make(width, 1) for name, make in (bridges or {}).items()})
 
 
@@ -303,6 +305,12 @@ def test_config_error_names_the_key_in_one_short_line(
     assert len(message) < 160
     for word in words:
         assert word in message
+
+
+def test_what_a_part_refuses_is_all_that_is_said(stage: dict, capsys: pytest.CaptureFixture[str]) -> None:
+    network(stage)["width"] = 101
+    assert run(stage) == 2
+    assert error(capsys) == "mm fit: error: Network: width 101 is more than 100"
 
 
 def test_error_names_the_file_among_several(stage: dict, capsys: pytest.CaptureFixture[str]) -> None:

@@ -209,3 +209,16 @@ def test_a_missing_argument_is_named(tokenizer: Path) -> None:
     del tree["init_args"]["decoder"]["init_args"]["ffns"]["dense"]["init_args"]["hidden"]
     with pytest.raises(ValueError, match=r"^mm\.model\.MultimodalModel: decoder\.ffns: .* are required: hidden$"):
         build(tree, MultimodalModel)
+
+
+def test_what_a_part_refuses_is_all_that_is_said(tokenizer: Path) -> None:
+    """The constructor's own words, not the types that might have stood there nor what was given."""
+    tree = config(tokenizer, "{class_path: mm.fusion.projector.MLPProjector}")
+    mixers = tree["init_args"]["decoder"]["init_args"]["mixers"]
+    mixers["full"] = {
+        "class_path": "mm.decoder.attention.grouped.GroupedAttention",
+        "init_args": {"heads": 3, "kv_heads": 2},
+    }
+    said = r"^mm\.model\.MultimodalModel: GroupedAttention: heads 3 must be a multiple of kv_heads 2$"
+    with pytest.raises(ValueError, match=said):
+        build(tree, MultimodalModel)

@@ -30,7 +30,7 @@ from typing_extensions import override
 import mm
 from mm.allowlist import ALLOWED, allow_imports
 from mm.checkpoint import write_atomically
-from mm.config_errors import shorten
+from mm.config_errors import UNION, shorten
 from mm.training.checkpoints import AtomicCheckpointIO, CheckpointProbe
 from mm.training.resume import ResumeCheck
 
@@ -138,6 +138,10 @@ def main(argv: Sequence[str]) -> None:
         raise ConfigError(shorten(error.message)) from error
     except MisconfigurationException as error:
         raise ConfigError(str(error)) from error
+    except ValueError as error:  # a part's own, inside what jsonargparse says of the types that it might have had
+        if UNION in (said := str(error)):
+            raise ConfigError(shorten(said)) from error
+        raise
     except RuntimeError as error:
         raise (_lost_process(str(error)) or error) from error
 
