@@ -65,9 +65,13 @@ POOL = Pool(2 << 30)
 
 
 def empty(like: Tensor, *size: int) -> Tensor:
-    """torch.empty of that size, contiguous, in the dtype and on the device of `like`."""
+    """torch.empty of that size, contiguous, in the dtype and on the device of `like`.
+
+    In inference mode it is torch's own: a server should give back what a long prompt took.
+    """
     bytes_ = like.element_size() * int(np.prod(size))
-    if bytes_ < LEAST or not like.is_cpu or type(like) not in (Tensor, torch.nn.Parameter):
+    known = like.is_cpu and type(like) in (Tensor, torch.nn.Parameter)
+    if bytes_ < LEAST or not known or torch.is_inference_mode_enabled():
         return like.new_empty(size)
     return POOL.take(bytes_).view(like.dtype).view(size)
 

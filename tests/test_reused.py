@@ -62,6 +62,14 @@ def test_idle_memory_has_a_bound(pool: Pool) -> None:
     assert pool.idle <= pool.most
 
 
+def test_inference_keeps_nothing(pool: Pool) -> None:
+    with torch.inference_mode():
+        x = empty(torch.zeros(1), SIZE)
+    del x
+    gc.collect()
+    assert pool.idle == 0
+
+
 def test_small_tensors_and_other_devices_are_torchs(pool: Pool) -> None:
     for like, size in ((torch.zeros(1), 10), (torch.zeros(1, device="meta"), SIZE)):
         assert empty(like, size).device == like.device
