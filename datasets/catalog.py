@@ -20,13 +20,18 @@ from mm.datasets.source import Source
 FOLDER = Path(__file__).parent / "sources"
 
 
-def names() -> dict[str, str]:
-    """Name -> one-line help of every source, in alphabetical order."""
-    helps = {}
-    for path in sorted(FOLDER.glob("*.py")):
-        docstring = ast.get_docstring(ast.parse(path.read_text("utf-8")))
-        helps[path.stem] = (docstring or "").partition("\n")[0]
-    return helps
+def names() -> list[str]:
+    """Of every source, in alphabetical order."""
+    return sorted(path.stem for path in FOLDER.glob("*.py"))
+
+
+def helps() -> dict[str, str]:
+    """Name -> one-line help of every source. It parses every file, so this is for those who show it."""
+    found = {}
+    for name in names():
+        docstring = ast.get_docstring(ast.parse((FOLDER / f"{name}.py").read_text("utf-8")))
+        found[name] = (docstring or "").partition("\n")[0]
+    return found
 
 
 def source_class(name: str) -> type[Source[Any]]:

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from mm.arguments import Parser
-from mm.datasets.catalog import defaults, names, open_source
+from mm.datasets.catalog import defaults, helps, open_source
 from mm.datasets.decontaminate import Decontaminate
 from mm.datasets.dedupe import Dedupe
 from mm.datasets.features import FeatureMaker
@@ -45,7 +45,7 @@ def execute(arguments: argparse.Namespace, features: FeatureMaker | None = None)
 
 
 def parser() -> argparse.ArgumentParser:
-    listed = "\n".join(f"  {name:<15}  {line}" for name, line in names().items())
+    listed = "\n".join(f"  {name:<15}  {line}" for name, line in helps().items())
     result = Parser(
         "mm shard",
         "Write samples from files or packages into WebDataset shards with an index and a manifest.",

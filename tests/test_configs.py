@@ -58,11 +58,12 @@ def test_config_is_a_part_or_a_stage(path: Path) -> None:
 
 @pytest.mark.parametrize("path", STAGES, ids=name)
 def test_stage_config_is_accepted_key_by_key(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = "fit" if "data" in yaml.safe_load(path.read_text(encoding="utf-8")) else "test"
+    stage = yaml.safe_load(path.read_text(encoding="utf-8"))
+    command = "fit" if "data" in stage else "test"
     with pytest.raises(SystemExit) as done:  # how --print_config ends
         cli.main([command, "--config", str(path), "--print_config"])
     assert done.value.code == 0
-    assert "class_path" in yaml.safe_load(capsys.readouterr().out)["model"]
+    assert yaml.safe_load(capsys.readouterr().out)["model"]["class_path"] == stage["model"]["class_path"]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=name)

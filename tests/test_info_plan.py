@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mm.cli import main
-from mm.info import build_meta, describe
+from mm.info import Info, build_meta, describe
 from mm.info.plan import GPUS, expected_loss, optimal, plan
 
 V3 = "configs/decoder/deepseek_v3.yaml"
 
 
-def made(config: str = V3, gpus: int = 2048, **options):
+@cache
+def built(config: str) -> tuple[Any, Info]:
     model = build_meta(Path(config), None)
-    return plan(model, describe(model), gpus, **options)
+    return model, describe(model)
+
+
+def made(config: str = V3, gpus: int = 2048, **options):
+    return plan(*built(config), gpus, **options)
 
 
 def test_deepseek_v3s_hours_are_those_of_its_report() -> None:

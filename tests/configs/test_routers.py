@@ -161,7 +161,7 @@ def test_trains_without_a_dead_expert(file: Path, rule: str) -> None:
 @pytest.mark.parametrize("kind", BENCHMARK.ROUTERS)
 def test_the_bias_update_evens_what_else_stays_collapsed(kind: str) -> None:
     router = BENCHMARK.ROUTERS[kind]
-    loads = {rule: BENCHMARK.train(router, BENCHMARK.RULES[rule], 250)[2] for rule in ("none", "bias")}
+    loads = {rule: BENCHMARK.train(router, BENCHMARK.RULES[rule], 180)[2] for rule in ("none", "bias")}
     imbalance = {rule: float(load.max() / load.mean()) for rule, load in loads.items()}
     assert imbalance["none"] > 2 and imbalance["bias"] < 1.2, imbalance
 

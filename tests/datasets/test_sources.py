@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mm.datasets.catalog import FOLDER, defaults, names, open_source, source_class
+from mm.datasets.catalog import FOLDER, defaults, helps, names, open_source, source_class
 from mm.datasets.shard_reader import ShardDataset
 from mm.datasets.shards import write_shards
 from mm.datasets.source import Source
@@ -37,7 +37,7 @@ def dump(path: Path, value):
 def test_every_source_keeps_the_contract(name):
     cls = source_class(name)
     assert issubclass(cls, Source)
-    assert re.fullmatch(r"\w.{20,110}\.", names()[name])  # a line of help
+    assert re.fullmatch(r"\w.{20,110}\.", helps()[name])  # a line of help
     assert cls.__doc__
     assert "**" not in str(defaults(name))
     tree = ast.parse((FOLDER / f"{name}.py").read_text())

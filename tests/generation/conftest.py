@@ -1,5 +1,7 @@
 """A small real tokenizer, and a recurrent model: cheap, and every token of its prompt matters."""
 
+from collections.abc import Callable
+from functools import cache
 from types import SimpleNamespace
 
 import pytest
@@ -7,6 +9,7 @@ import torch
 from torch import nn
 
 from mm.datasets.chat_template import ChatTemplate
+from mm.model import MultimodalModel
 from mm.tokenizers.image import ImageTokenizer
 from mm.tokenizers.text import TextTokenizer
 from mm.types import Media, MediaSpec, Sample
@@ -85,6 +88,19 @@ def tokenizer() -> TextTokenizer:
 @pytest.fixture
 def model(tokenizer):
     return RecurrentModel(tokenizer)
+
+
+@pytest.fixture(scope="session")
+def published(tmp_path_factory) -> Callable[[str], MultimodalModel]:
+    """published(family) -> a random model of it, made once: nobody may change it."""
+    from tests.decoder.families.parity import Case, make_pair  # these load transformers
+    from tests.generation.test_transformers import CONFIGS
+
+    @cache
+    def make(family: str) -> MultimodalModel:
+        return make_pair(Case(CONFIGS[family]), tmp_path_factory.mktemp(family)).model
+
+    return make
 
 
 @pytest.fixture

@@ -78,7 +78,7 @@ METHODS: dict[str, Any] = {
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_answer_has_its_form(model, method) -> None:
-    rows = 12
+    rows = 5
     assert all(re.fullmatch(REGEX, answer) for answer in answers(model, rows, regex=REGEX, **METHODS[method]))
     schema = {"whitespace_flexible": False, "item_separator": ",", "key_separator": ":"}
     assert all(map(fits, answers(model, rows, json_schema=SCHEMA | {"x-guidance": schema}, **METHODS[method])))

@@ -27,6 +27,8 @@ from mm.model import MultimodalModel
 from tests.decoder.families.parity import Case, make_pair
 from tests.generation.test_transformers import CONFIGS
 
+LONG, NEW = ROOM - 8, 24  # positions of a prompt, and more tokens than there is room for
+
 
 class Recorder(TorchDispatchMode):
     """Operations as a graph would hold them."""
@@ -93,27 +95,30 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> Graphs:
 
 @pytest.fixture
 def ids() -> tuple[Tensor, Tensor]:
-    ids = torch.randint(10, 60, (3, 9), generator=torch.Generator().manual_seed(0))
-    return ids, torch.tensor([[1] * 9, [0] * 4 + [1] * 5, [1] * 2 + [0] * 7])
+    """So long that their room is soon full."""
+    ids = torch.randint(10, 60, (3, LONG), generator=torch.Generator().manual_seed(0))
+    return ids, torch.tensor([[1] * LONG, [0] * 4 + [1] * (LONG - 4), [1] * 2 + [0] * (LONG - 2)])
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"temperature": 1.0, "logprobs": 2}], ids=str)
 @pytest.mark.parametrize("family", CONFIGS)
 def test_replayed_steps_give_the_tokens_of_the_dynamic_cache(
-    family: str, options: dict[str, Any], graphs: Graphs, ids: Any, tmp_path: Path
+    family: str, options: dict[str, Any], graphs: Graphs, ids: Any, published: Callable[[str], MultimodalModel]
 ) -> None:
     """Rows that end, beams that change places, and more tokens than there was room for."""
-    model = make_pair(Case(CONFIGS[family]), tmp_path).model
-    given = options | {"max_new_tokens": ROOM + 4, "stop": {7}}
+    model = published(family)
+    given = options | {"max_new_tokens": NEW}
+    given["stop"] = {int(generate_ids(model, *ids, **given, stop=())[0, NEW // 2])}
     expected = generate_ids(model, *ids, **given)
+    assert "num_beams" in options or (expected[0, NEW // 2 + 1 :] == 0).all()
     assert torch.equal(generate_ids(model, *ids, **given, cache="static"), expected)
     if "num_beams" not in options:  # beams change places in each step, which moves the tensors: no graph lasts
         grown = ids[0].shape[1] + expected.shape[1] - 1 > ROOM  # room was made, so another graph
         assert graphs.captured == 1 + grown and graphs.replayed > expected.shape[1] // 2
 
 
-def test_tokens_taken_back(graphs: Graphs, tmp_path: Path) -> None:
-    model = make_pair(Case(CONFIGS["llama"]), tmp_path).model
+def test_tokens_taken_back(graphs: Graphs, published: Callable[[str], MultimodalModel]) -> None:
+    model = published("llama")
     ids = torch.randint(10, 60, (2, 30), generator=torch.Generator().manual_seed(1))
     dynamic, static = model.new_cache(), choose.make(model, "static")
     with torch.inference_mode():
@@ -216,8 +221,8 @@ def test_a_gpu_whose_experts_ask_the_host_has_no_graph(tmp_path: Path, monkeypat
         assert (cache._graph is not None) == captures, (dtype, new_enough)
 
 
-def test_the_detectors_detect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = make_pair(Case(CONFIGS["llama"]), tmp_path).model
+def test_the_detectors_detect(published: Callable[[str], MultimodalModel], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = published("llama")
     logits = MultimodalModel.logits
 
     def waits(self: MultimodalModel, hidden: Tensor) -> Tensor:
@@ -241,7 +246,7 @@ def test_cuda_graphs_give_the_tokens_of_the_dynamic_cache(family: str, ids: Any,
 
     Experts in it ask the host how many tokens each has, so theirs is a plain step."""
     model = make_pair(Case(CONFIGS[family]), tmp_path).model.cuda()
-    given: dict[str, Any] = {"max_new_tokens": ROOM + 4, "stop": {7}}
+    given: dict[str, Any] = {"max_new_tokens": NEW, "stop": {7}}
     expected = generate_ids(model, *ids, **given)
     assert isinstance(choose.make(model, "static"), StaticCache)
     captures = choose.make(model, "static")._graph is not None  # type: ignore[attr-defined]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import pytest
@@ -73,9 +74,16 @@ def prompt(length: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(10, 60, (1, length), generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("options", [{}, {"repetition_penalty": 1.3}], ids=["plain", "penalty"])
-@pytest.mark.parametrize("length", [1, 2, 11])
-@pytest.mark.parametrize("draft_length", [1, 4])
+PENALTY = {"repetition_penalty": 1.3}
+USUAL: list[Any] = [(1, 4, {}), (2, 1, PENALTY), (11, 1, {}), (11, 4, PENALTY)]
+OTHERS: list[Any] = [each for each in product((1, 2, 11), (1, 4), ({}, PENALTY)) if each not in USUAL]
+
+
+@pytest.mark.parametrize(
+    ("length", "draft_length", "options"),
+    [*USUAL, *(pytest.param(*each, marks=pytest.mark.slow) for each in OTHERS)],
+    ids=str,
+)
 def test_greedy_is_the_same(model, draft, length, draft_length, options) -> None:
     ids = prompt(length)
     expected = generate_ids(model, ids, max_new_tokens=30, stop=[], **options)
@@ -116,7 +124,7 @@ def test_lookup_proposes_what_followed() -> None:
     assert propose([7, -1, 3, 9, 7], 3) == []  # a picture is no text to copy
 
 
-@pytest.mark.parametrize("n", [150, pytest.param(20_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("n", [80, pytest.param(20_000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ["near", "far", "lookup", "mtp"])
 def test_sampling_keeps_the_distribution(tokenizer, kind, n) -> None:
     """Pairs of the second and third token of many answers, against plain sampling's exact probabilities."""

@@ -36,7 +36,7 @@ CONFIGS = {
         layer_types=["sliding_attention", "full_attention"],
     ),
 }  # fmt: skip
-STOP, PAD, NEW = 7, 1, 24  # PAD 0 is none to the beams of transformers
+STOP, PAD, NEW = 7, 1, 16  # PAD 0 is none to the beams of transformers
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
@@ -97,7 +97,7 @@ def test_beams_and_scores(pair: Pair, prompts: tuple[Tensor, Tensor], options: d
     assert len(flat) == 3 * beams
     tokens = torch.tensor([each.ids + [PAD] * (NEW - len(each.ids)) for each in flat])
     assert torch.equal(tokens, padded(expected.sequences[:, 11:]))
-    # Sums of up to 24 log probabilities, each of logits that agree to 2e-5 of their scale (parity.BOUND).
+    # Sums of up to 16 log probabilities, each of logits that agree to 2e-5 of their scale (parity.BOUND).
     torch.testing.assert_close(torch.tensor([h.score for h in flat]), expected.sequences_scores, rtol=1e-4, atol=1e-4)
     assert torch.equal(
         padded(generate_ids(pair.model, ids, mask, NEW, stop=[STOP], pad_id=PAD, **options)), tokens[::beams]

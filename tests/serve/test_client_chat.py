@@ -14,8 +14,8 @@ from openai import OpenAI
 from pydantic import BaseModel
 
 from mm.serve.run import Running, running
-from mm.testing import tiny_model
 
+from .attack import text_model
 from .clients import always_say, async_client, client, said, user
 
 NAME = "tiny"
@@ -25,7 +25,7 @@ LONG = "what colour is the shape? how many beeps? two. red, green or blue. what 
 @pytest.fixture(scope="module")
 def here() -> Iterator[Running]:
     torch.manual_seed(0)
-    with running(tiny_model().eval(), name=NAME) as here:
+    with running(text_model(), name=NAME) as here:
         yield here
 
 

@@ -14,8 +14,8 @@ import mm.serve.completions
 from mm.generation import generate_ids
 from mm.serve.limits import ServeLimits
 from mm.serve.run import Running, running
-from mm.testing import tiny_model
 
+from .attack import text_model
 from .clients import client
 
 NAME = "tiny"
@@ -25,7 +25,7 @@ TEXT = "what colour is the shape?"
 @pytest.fixture(scope="module")
 def here() -> Iterator[Running]:
     torch.manual_seed(0)
-    with running(tiny_model().eval(), name=NAME, limits=ServeLimits(max_length=256)) as here:
+    with running(text_model(), name=NAME, limits=ServeLimits(max_length=256)) as here:
         yield here
 
 

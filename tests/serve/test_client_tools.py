@@ -13,9 +13,9 @@ from openai import OpenAI
 from pydantic import BaseModel
 
 from mm.serve.run import Running, running
-from mm.testing import tiny_model
 from mm.tools.calls import describe
 
+from .attack import text_model
 from .clients import always_say, client, said, user
 
 NAME = "tiny"
@@ -44,7 +44,7 @@ NOW: Any = {"type": "function", "function": {"name": "now"}}  # takes nothing
 @pytest.fixture(scope="module")
 def here() -> Iterator[Running]:
     torch.manual_seed(0)
-    with running(tiny_model().eval(), name=NAME) as here:
+    with running(text_model(), name=NAME) as here:
         yield here
 
 
