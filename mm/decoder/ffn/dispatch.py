@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mm.decoder.ffn.activations import Activation
-from mm.reused import empty
+from mm.decoder.reused import empty
 
 Dispatch = Literal["auto", "slices", "grouped"]
 ALIGNED = 16  # bytes: what a row must be a multiple of for the GPU's grouped product

@@ -8,8 +8,8 @@ import threading
 import pytest
 import torch
 
-from mm import reused
-from mm.reused import LEAST, Pool, empty
+from mm.decoder import reused
+from mm.decoder.reused import LEAST, Pool, empty
 
 SIZE = 2 * LEAST
 
