@@ -111,7 +111,7 @@ def main() -> int:
         slow = {"transformers eager": calls.pop("transformers eager")}
         seconds = bench.times(calls)
         if eager is not None:
-            seconds |= bench.times(slow, warmup=0, repeats=3)  # it takes ten times as long: noise hides none of that
+            seconds |= bench.times(slow, warmup=0, repeats=1)  # it takes ten times as long: noise hides none of that
         what = f"E{experts} k{chosen} T{tokens} {str(dtype).removeprefix('torch.')}"
         mine, noise = seconds["mm"]
         flops = 3 * tokens * chosen * 6 * WIDTH * HIDDEN

@@ -32,7 +32,7 @@ SUITE: dict[str, list[str]] = {
     "machine": [],
     "moe": ["--repeats", "5"],
     "attention": ["--repeats", "3"],
-    "decode": ["--repeats", "5", "--caches", "static", "--dtypes", "float32,bfloat16"],
+    "decode": ["--repeats", "3", "--caches", "static", "--dtypes", "float32,bfloat16"],
     "train_step": ["--repeats", "5"],
     "encoders": ["--repeats", "3"],
     "images": [],
