@@ -12,6 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mm.decoder.decoder import Decoder
 from mm.decoder.ffn.dense import GatedFFN
+from mm.decoder.ffn.dispatch import Dispatch
+from mm.decoder.ffn.moe import moe_layers
 from mm.fusion.splice import splice
 from mm.parts import build
 from mm.testing import element_batch, tiny_decoder
@@ -50,10 +52,13 @@ def step(decoder: Decoder, policy: Any) -> tuple[dict[str, Tensor], int]:
     return {name: p.grad.clone() for name, p in decoder.named_parameters() if p.grad is not None}, bytes_kept
 
 
+@pytest.mark.parametrize("dispatch", ["slices", "grouped"])
 @pytest.mark.parametrize("cross", [False, True])
-def test_no_policy_changes_a_gradient(cross: bool) -> None:
+def test_no_policy_changes_a_gradient(cross: bool, dispatch: Dispatch) -> None:
     torch.manual_seed(0)
     decoder = tiny_decoder(layers=4).train()
+    for layer in moe_layers(decoder):
+        layer.experts.dispatch = dispatch
     if cross:
         decoder.add_cross_attention()
     found = {policy: step(decoder, policy) for policy in POLICIES}
@@ -89,14 +94,16 @@ def test_what_is_no_policy_is_refused(policy: Any) -> None:
         tiny_decoder(checkpoint_activations=policy)
 
 
-@pytest.mark.parametrize("sparse", [False, True])
-def test_selective_multiplies_nothing_again_but_experts(sparse: bool) -> None:
+@pytest.mark.parametrize("kind", ["dense", "slices", "grouped"])
+def test_selective_multiplies_nothing_again_but_experts_by_slices(kind: Any) -> None:
     torch.manual_seed(0)
-    ffn, flops = None if sparse else partial(GatedFFN, hidden=48), {}
+    ffn, flops = partial(GatedFFN, hidden=48) if kind == "dense" else None, {}
     decoder = tiny_decoder(layers=4, ffn=ffn).train()
+    for layer in moe_layers(decoder):
+        layer.experts.dispatch = kind
     for policy in POLICIES:
         with FlopCounterMode(display=False) as counter:
             step(decoder, policy)
         flops[policy] = counter.get_total_flops()
     assert flops["none"] < flops[2] < flops["full"] and flops["selective"] < flops["full"], flops
-    assert (flops["selective"] > flops["none"]) == sparse, flops
+    assert (flops["selective"] > flops["none"]) == (kind == "slices"), flops

@@ -171,7 +171,8 @@ class Grouped:
         return out.index_add_(0, self.places, grad.float())[:-1].to(bias.dtype)
 
     def clear(self, x: Tensor) -> Tensor:
-        return x.masked_fill_((self.places == len(self.ends)).unsqueeze(1), 0.0)
+        # Not in place: what recomputation keeps of a product must stay as it was.
+        return x.masked_fill((self.places == len(self.ends)).unsqueeze(1), 0.0)
 
 
 class _Dispatch(torch.autograd.Function):
