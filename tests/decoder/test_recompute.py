@@ -94,16 +94,17 @@ def test_what_is_no_policy_is_refused(policy: Any) -> None:
         tiny_decoder(checkpoint_activations=policy)
 
 
-@pytest.mark.parametrize("kind", ["dense", "slices", "grouped"])
-def test_selective_multiplies_nothing_again_but_experts_by_slices(kind: Any) -> None:
+@pytest.mark.parametrize("dispatch", [None, "slices", "grouped"])
+def test_selective_multiplies_nothing_again_but_experts_by_slices(dispatch: Dispatch | None) -> None:
+    """None is a decoder without experts."""
     torch.manual_seed(0)
-    ffn, flops = partial(GatedFFN, hidden=48) if kind == "dense" else None, {}
+    ffn, flops = partial(GatedFFN, hidden=48) if dispatch is None else None, {}
     decoder = tiny_decoder(layers=4, ffn=ffn).train()
     for layer in moe_layers(decoder):
-        layer.experts.dispatch = kind
+        layer.experts.dispatch = dispatch or "auto"
     for policy in POLICIES:
         with FlopCounterMode(display=False) as counter:
             step(decoder, policy)
         flops[policy] = counter.get_total_flops()
     assert flops["none"] < flops[2] < flops["full"] and flops["selective"] < flops["full"], flops
-    assert (flops["selective"] > flops["none"]) == (kind == "slices"), flops
+    assert (flops["selective"] > flops["none"]) == (dispatch == "slices"), flops
