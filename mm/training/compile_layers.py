@@ -11,9 +11,10 @@ from mm.decoder.decoder import Decoder
 class CompileLayers(Callback):
     """Compiles each layer of the decoder by itself (torch.compile), for batches of any shape, for one `mm fit`.
 
-    Not the default: of a training step of a 21M Llama in float32 on a CPU it takes 2 % away, after 100 s of compiling
-    (`benchmarks/train_step.py --compiled`). Attention that loops over documents, and experts by slices, stay as they
-    are. What is saved is the same with and without it. `backend` is torch.compile's.
+    Not the default: of a training step of a 21M Llama in float32 on a CPU it takes 6 % away (noise 5 %), after over
+    a minute of compiling (`benchmarks/train_step.py --clock cpu --threads 1 --repeats 3 --compiled`). Attention that
+    loops over documents, and experts by slices, stay as they are. What is saved is the same with and without it.
+    `backend` is torch.compile's.
     """
 
     def __init__(self, backend: str = "inductor") -> None:
