@@ -3,8 +3,9 @@
     OMP_NUM_THREADS=1 python benchmarks/moe.py --clock cpu
 
 The dense layer is a SwiGLU of the active width: as many FLOPs a token, and no routing; the share of its rate is what
-dispatch leaves. Values and gradients are compared with transformers' eager loop before anything is timed. Memory is
-what a layer keeps between its forward and its backward pass, beside its weights.
+dispatch leaves. Values and gradients are compared with transformers' eager loop before anything is timed: of tokens
+that both send to the same experts, which in bfloat16, where the last of the chosen is often nearly as good as the
+next, must be 97 of 100. Memory is what a layer keeps between its forward and its backward pass, beside its weights.
 """
 
 from __future__ import annotations
@@ -74,6 +75,14 @@ def run(layer: nn.Module, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     return out.detach(), x.grad
 
 
+@torch.no_grad()
+def alike(mine: Any, block: Any, x: Tensor) -> Tensor:
+    """(1, T): which tokens go to the same experts in both layers."""
+    rows = x.flatten(0, 1)
+    found = mine.router(rows, torch.ones(len(rows), dtype=torch.bool)).indices
+    return (found.sort().values == block.gate(rows)[2].sort().values).all(1).view(x.shape[:2])
+
+
 def kept(layer: nn.Module, x: Tensor) -> int:
     """Bytes that wait for the backward pass, without the weights."""
     weights = {parameter.untyped_storage().data_ptr() for parameter in layer.parameters()}
@@ -105,9 +114,11 @@ def main() -> int:
         }
         x, grad = torch.randn(1, tokens, WIDTH, dtype=dtype), torch.randn(1, tokens, WIDTH, dtype=dtype)
         calls = {name: partial(run, layer.to(dtype), x, grad) for name, layer in layers.items()}
+        same = alike(layers["mm"], block, x)
+        assert same.float().mean() >= (1 if dtype == torch.float32 else 0.97), same.float().mean()
         for found, wanted in zip(calls["mm"](), calls["transformers eager"](), strict=True):
             tolerance = 1e-4 if dtype == torch.float32 else 0.05  # of their largest; sums are in another order
-            torch.testing.assert_close(found, wanted, rtol=0, atol=tolerance * float(wanted.abs().max()))
+            torch.testing.assert_close(found[same], wanted[same], rtol=0, atol=tolerance * float(wanted.abs().max()))
         slow = {"transformers eager": calls.pop("transformers eager")}
         seconds = bench.times(calls)
         if eager is not None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 
 class RMSNorm(nn.Module):
@@ -21,10 +24,35 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight + self.offset if self.offset else self.weight
+        if x.is_cpu and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return _RMSNorm.apply(x.float(), weight.float(), self.eps).to(x.dtype)  # type: ignore[no-any-return]
         return F.rms_norm(x.float(), weight.shape, weight.float(), self.eps).to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}, offset={self.offset}"
+
+
+class _RMSNorm(torch.autograd.Function):
+    """torch's on a CPU is a dozen small steps: this goes half as often over memory. x (..., width), all float32."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        return (x * scale).mul_(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, weight, scale = ctx.saved_tensors
+        width = x.shape[-1]
+        both, rows = (grad * x).reshape(-1, width), scale.reshape(-1)
+        grad_weight = rows @ both if ctx.needs_input_grad[1] else None
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            along = (both @ weight).mul_(rows.pow(3)).div_(-width).view(scale.shape)
+            grad_x = (grad * weight).mul_(scale).addcmul_(x, along)
+        return grad_x, grad_weight, None
 
 
 class LayerNorm(nn.Module):

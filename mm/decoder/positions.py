@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from mm.decoder.layout import Layout
 from mm.decoder.rope_scaling import RopeScaling, inverse_frequencies
@@ -106,6 +107,8 @@ class Rotary:
         return self._turn(x, cos, sin)
 
     def _turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        if x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return _Turn.apply(x, cos, sin, self.pairs)  # type: ignore[no-any-return]
         turning, rest = x.split([2 * cos.shape[-1], x.shape[-1] - 2 * cos.shape[-1]], -1)
         if self.pairs == "halves":
             a, b = turning.chunk(2, -1)
@@ -141,6 +144,36 @@ class Rotary:
 
     def slopes(self, heads: int, device: torch.device) -> Tensor | None:
         return None
+
+
+class _Turn(torch.autograd.Function):
+    """Three passes each way, and nothing kept but the tables: the gradient turns back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, pairs: str) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        ctx.pairs = pairs
+        return _turned(x, cos, sin, pairs, 1.0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return _turned(grad, *ctx.saved_tensors, ctx.pairs, -1.0), None, None, None
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor, pairs: str, way: float) -> Tensor:
+    """The first numbers of each head, twice as many as cos has, turned by its angles, or, with `way` -1, back."""
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    half = cos.shape[-1]
+    if rest := x.shape[-1] - 2 * half:
+        out[..., -rest:] = x[..., -rest:]
+    parts = (
+        (slice(0, half), slice(half, 2 * half)) if pairs == "halves" else (slice(0, 2 * half, 2), slice(1, 2 * half, 2))
+    )
+    (a, b), (new_a, new_b) = ([whole[..., part] for part in parts] for whole in (x, out))
+    torch.mul(a, cos, out=new_a).addcmul_(b, sin, value=-way)
+    torch.mul(b, cos, out=new_b).addcmul_(a, sin, value=way)
+    return out
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ HEADS = {"plain": Head(), "bias": Head(bias=True), "softcap": Head(softcap=3.0),
 @pytest.fixture(params=["one chunk", "many chunks"], autouse=True)
 def chunk(request, monkeypatch) -> None:
     if request.param == "many chunks":
-        monkeypatch.setattr(module, "CHUNK", 7 * V)  # 37 rows: five of 7 and a rest
+        monkeypatch.setattr(module, "CHUNK", {"cpu": 7 * V})  # 37 rows: five of 7 and a rest
+        monkeypatch.setattr(module, "LEAST_ROWS", 1)
 
 
 def made(options: Head, dtype: torch.dtype = torch.float32) -> tuple[Projection, Tensor, Tensor]:

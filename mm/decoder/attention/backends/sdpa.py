@@ -147,7 +147,18 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, sc
         k, v = k.transpose(1, 2), v.transpose(1, 2)
         return F.scaled_dot_product_attention(q, k, v, mask, scale=scale).flatten(1, 2)[:, None]
     q, k, v = q.transpose(1, 2), *_to_query_heads(q, k, v)
-    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale).transpose(1, 2)
+    if not _slow_backward(q, k):
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale).transpose(1, 2)
+    mask = mask.float() if mask is not None and mask.is_floating_point() else mask
+    given = (part.float() for part in (q, k, v))
+    with torch.autocast("cpu", enabled=False):
+        out = F.scaled_dot_product_attention(*given, mask, is_causal=causal, scale=scale)
+    return out.transpose(1, 2).to(v.dtype)
+
+
+def _slow_backward(q: Tensor, k: Tensor) -> bool:
+    """Whether torch's backward pass takes several times as long as in float32, as for short rows on a CPU it does."""
+    return q.is_cpu and q.dtype == torch.bfloat16 and k.shape[2] < BLOCK and torch.is_grad_enabled()
 
 
 def _to_query_heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
