@@ -4,8 +4,9 @@
 
 Both read the same rows of 4 x 128 tokens. transformers runs as most scripts do: float32, its own loss, torch's AdamW in
 its default form (foreach). The limit is a matrix product of 1024^3 in the precision that the step computes in. Losses
-of the first step are compared before anything is timed. `--compiled` also times a step whose layers are compiled, which
-takes two minutes.
+of the first step are compared before anything is timed. Where the processor multiplies bfloat16, mm's step is also
+timed in it: under autocast, as by default, and with weights in it and layers compiled (half a minute), the fastest way,
+which the goals are judged by. `--compiled` compiles the others too, which takes two minutes more.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from mm.training.optim import OptimConfig
 from mm.types import Batch
 
 ROWS, LENGTH = 4, 128
+FASTEST = "mm, bfloat16 weights, layers compiled"
 
 
 def reference() -> Any:
@@ -69,6 +71,12 @@ def our_step(model: Any, ids: torch.Tensor, bfloat16: bool) -> Callable[[], torc
     return step
 
 
+def compiled(model: Any) -> Any:
+    model = copy.deepcopy(model)
+    compile_layers(model.decoder)
+    return model
+
+
 def main() -> int:
     bench = Bench(__doc__, lambda parser: parser.add_argument("--compiled", action="store_true"))
     native = has_bfloat16()
@@ -87,16 +95,16 @@ def main() -> int:
         "mm, float32": our_step(copy.deepcopy(ours), ids, bfloat16=False),
     }
     if bench.args.compiled:
-        compiled = copy.deepcopy(ours)
-        compile_layers(compiled.decoder)
-        calls["mm, float32, layers compiled"] = our_step(compiled, ids, bfloat16=False)
+        calls["mm, float32, layers compiled"] = our_step(compiled(ours), ids, bfloat16=False)
     if native:  # elsewhere a step takes ten times as long
         calls["mm, bfloat16 autocast"] = our_step(copy.deepcopy(ours), ids, bfloat16=True)
+        if bench.args.compiled:
+            calls["mm, bfloat16 autocast, layers compiled"] = our_step(compiled(ours), ids, bfloat16=True)
+        calls[FASTEST] = our_step(compiled(copy.deepcopy(ours).bfloat16()), ids, bfloat16=False)
     first = {name: float(call()) for name, call in calls.items()}
     for name in calls:
-        if name.startswith("mm, float32"):
-            assert abs(first[name] - first["transformers, float32, foreach"]) < 1e-4, first
-    assert abs(first.get("mm, bfloat16 autocast", first["mm, float32"]) - first["mm, float32"]) < 0.02, first
+        tolerance = 0.02 if "bfloat16" in name else 1e-4  # of a loss of 9: bfloat16 has three digits
+        assert abs(first[name] - first["transformers, float32, foreach"]) < tolerance, first
     product = {dtype: torch.randn(1024, 1024, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)}
     timed = calls | {f"product {dtype}": lambda a=a: a @ a for dtype, a in product.items()}
     seconds = bench.times(timed, warmup=1)
@@ -105,15 +113,14 @@ def main() -> int:
         taken, noise = seconds[name]
         dtype = torch.bfloat16 if "bfloat16" in name else torch.float32
         peak = 2 * 1024**3 / seconds[f"product {dtype}"][0]
-        best = name == ("mm, bfloat16 autocast" if native else "mm, float32")
         common = {"what": "20.7M Llama, 4 x 128", "run": name, "rate": ROWS * LENGTH / taken, "unit": "tokens/s"}
         share = flops / taken / peak
         if "mm" not in name:
             bench.add(**common, noise=noise, limit="a product", share=share)
             continue
-        goals = {"floor": 2.7, "goal": 3.3} if best and native else {}
+        goals = {"floor": 2.7, "goal": 3.3} if name == FASTEST else {}
         bench.add(**common, noise=noise, peer="transformers", ratio=base / taken, judged="ratio", **goals)
-        goals = {"floor": 0.45, "goal": 0.55} if best and native else {}
+        goals = {"floor": 0.45, "goal": 0.55} if name == FASTEST else {}
         bench.add(**common, noise=noise, limit="a product", share=share, judged="share", **goals)
     if not native:
         bench.note("this processor has no bfloat16: the goals (2.7x, .45) are of its products, and are not judged here")

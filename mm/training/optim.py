@@ -33,7 +33,11 @@ class OptimConfig:
             {"params": [p for name, p in trained.items() if name in decays], "weight_decay": self.weight_decay},
             {"params": [p for name, p in trained.items() if name not in decays], "weight_decay": 0.0},
         ]
-        return AdamW([group for group in groups if group["params"]], lr=self.lr, betas=self.betas, fused=True)
+        optimizer = AdamW([group for group in groups if group["params"]], lr=self.lr, betas=self.betas, fused=True)
+        # A fused step could take the scale of float16's gradients away itself; the trainer then could not clip them,
+        # and refuses to in any mixed precision. So it takes the scale away before, as of any other optimizer.
+        optimizer._step_supports_amp_scaling = False
+        return optimizer
 
     def scheduler(self, optimizer: torch.optim.Optimizer, steps: int) -> LambdaLR:
         warmup = max(1, round(self.warmup * steps if self.warmup < 1 else self.warmup))

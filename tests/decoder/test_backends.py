@@ -230,3 +230,23 @@ def test_a_documents_gradient_is_not_as_large_as_the_row(window) -> None:
         out.sum().backward()
     filled = sum(event.count for event in profile.key_averages() if event.key == "aten::slice_backward")
     assert filled == 0
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_short_rows_in_bfloat16_have_the_gradients_of_float32(autocast):
+    """Within the 8 bits that inputs and results are rounded to: what lies between is float32, under autocast too."""
+    torch.manual_seed(0)
+    lay = layout()
+    given = [torch.randn(2, 12, heads, width) for heads, width in ((H, D), (G, D), (G, E))]
+    grad, found = torch.randn(2, 12, H, E), []
+    for dtype in (torch.float32, torch.bfloat16):
+        parts = [part.bfloat16().to(dtype).requires_grad_() for part in given]
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast and dtype == torch.bfloat16):
+            out = sdpa.attend(parts[0], parts[1], parts[2], lay, scale=D**-0.5)
+        assert out.dtype == dtype
+        out.backward(grad.bfloat16().to(dtype))
+        found.append([out, *(part.grad for part in parts)])
+    real = lay.queries.document_ids > 0
+    for exact, rounded in zip(*found, strict=True):
+        assert rounded.dtype == torch.bfloat16
+        torch.testing.assert_close(rounded[real].float(), exact[real], rtol=2**-8, atol=2**-8)

@@ -31,6 +31,25 @@ def test_rms_norm_is_its_formula(offset):
     torch.testing.assert_close(norm(x).double(), expected, **ULPS)
 
 
+@pytest.mark.parametrize("dtype,offset", [(torch.float32, 0.0), (torch.float32, 1.0), (torch.bfloat16, 0.0)])
+def test_gradients_of_rms_norm_are_those_of_its_formula(dtype, offset):
+    torch.manual_seed(0)
+    norm, x = spread(RMSNorm(7, eps=0.1, offset=offset)), torch.randn(2, 3, 7).to(dtype).requires_grad_()
+    grad, big = torch.randn(2, 3, 7).to(dtype), x.detach().double().requires_grad_()
+    norm(x).backward(grad)
+    weight = norm.get_parameter("weight").detach().double().requires_grad_()
+    (big / (big.square().mean(-1, keepdim=True) + 0.1).sqrt() * (offset + weight)).backward(grad.double())
+    # Of bfloat16 x's gradient is rounded to 8 bits at the end, and that alone; the weight's is made in float32.
+    torch.testing.assert_close(x.grad, big.grad.to(dtype), **(ULPS if dtype == torch.float32 else {}))
+    torch.testing.assert_close(norm.get_parameter("weight").grad, weight.grad.float(), atol=5e-6, rtol=5e-6)
+
+
+def test_a_frozen_norm_passes_gradients_on():
+    norm, x = RMSNorm(5).requires_grad_(False), torch.randn(3, 5, requires_grad=True)
+    norm(x).sum().backward()
+    assert x.grad is not None and norm.get_parameter("weight").grad is None
+
+
 def test_both_forms_of_rms_norm_start_as_the_same_function():
     x = torch.randn(3, 5)
     assert torch.equal(RMSNorm(5)(x), RMSNorm(5, offset=1.0)(x))

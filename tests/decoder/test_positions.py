@@ -33,6 +33,38 @@ def layout_of(index: Tensor, documents: Tensor | None = None, past: int = 0) -> 
     return Layout(queries, keys, queries.index[..., None].expand(-1, -1, 3))
 
 
+@pytest.mark.parametrize("pairs", ["halves", "adjacent"])
+@pytest.mark.parametrize("fraction", [1.0, 0.5])
+def test_what_is_turned_and_its_gradient_are_the_formula_s(pairs, fraction):
+    """As complex numbers in float64; the way without gradients is held to the same."""
+    torch.manual_seed(0)
+    rotary, layout = Rotary(theta=100.0, pairs=pairs, fraction=fraction), layout_of(torch.arange(6)[None] + 3)
+    x, grad = torch.randn(1, 6, 2, 8, requires_grad=True), torch.randn(1, 6, 2, 8)
+    turned = rotary.turn(x, layout)
+    turned.backward(grad)
+
+    def formula(given: Tensor) -> Tensor:
+        half = rotary.rotated(8) // 2
+        angles = (torch.arange(6.0)[:, None] + 3) * inverse_frequencies(2 * half, 100.0)
+        turning, rest = given[..., : 2 * half], given[..., 2 * half :]
+        split = (
+            turning.unflatten(-1, (2, half)).transpose(-1, -2)
+            if pairs == "halves"
+            else turning.unflatten(-1, (half, 2))
+        )
+        numbers = torch.view_as_real(
+            torch.view_as_complex(split.contiguous()) * torch.exp(1j * angles[:, None].double())
+        )
+        numbers = numbers.transpose(-1, -2) if pairs == "halves" else numbers
+        return torch.cat([numbers.flatten(-2), rest], -1)
+
+    big = x.detach().double().requires_grad_()
+    wanted = formula(big)
+    wanted.backward(grad.double())
+    for found, exact in ((turned, wanted), (rotary.turn(x.detach(), layout), wanted), (x.grad, big.grad)):
+        torch.testing.assert_close(found, exact.float(), rtol=1e-5, atol=1e-6)  # float32's angles, a few roundings
+
+
 @pytest.mark.parametrize(
     "kind,options",
     [

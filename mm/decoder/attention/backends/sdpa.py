@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from mm.decoder.attention.apart import apart
 from mm.decoder.attention.windows import Window
 from mm.decoder.layout import Layout
 
@@ -33,16 +34,20 @@ def attend(
     """q (B, T, H, d), k (B, S, G, d) and v (B, S, G, e) with H a multiple of G -> (B, T, H, e); 0 at padding of long
     rows.
 
-    One document a row takes one causal call, as do packed documents of long rows, one by one. All else needs a mask,
-    made once a forward pass; for long rows it is made of blocks, so that none of T x S is ever held. Soft caps and
-    sinks write the scores out.
+    One document a row takes one causal call, as do packed documents of long rows, one by one; those of short rows
+    become rows of their own where that is less work. All else needs a mask, made once a forward pass; for long rows it
+    is made of blocks, so that none of T x S is ever held. Soft caps and sinks write the scores out.
     """
     plain = window is None and slopes is None and softcap is None and sinks is None
     if plain and layout.is_plain_causal:
         return _sdpa(q, k, v, None, True, scale)
     options = {"scale": scale, "window": window, "slopes": slopes, "softcap": softcap, "sinks": sinks}
     if q.shape[1] < BLOCK:
-        return _masked(q, k, v, layout, **options)
+        documents = apart(layout) if layout.offset == 0 else None
+        if documents is None:
+            return _masked(q, k, v, layout, **options)
+        parts = (documents.take(part) for part in (q, k, v))
+        return documents.put(attend(*parts, documents.layout, **options), len(q))
     return _in_blocks(q, k, v, layout, plain and layout.offset == 0 and not layout.has_branches, options)
 
 
@@ -146,19 +151,17 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, sc
         q = q.view(len(q), k.shape[2], groups, -1)
         k, v = k.transpose(1, 2), v.transpose(1, 2)
         return F.scaled_dot_product_attention(q, k, v, mask, scale=scale).flatten(1, 2)[:, None]
+    if _slow_backward(q, k):
+        mask = mask if mask is None or mask.dtype == torch.bool else mask.float()
+        with torch.autocast("cpu", enabled=False):
+            return _sdpa(q.float(), k.float(), v.float(), mask, causal, scale).to(v.dtype)
     q, k, v = q.transpose(1, 2), *_to_query_heads(q, k, v)
-    if not _slow_backward(q, k):
-        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale).transpose(1, 2)
-    mask = mask.float() if mask is not None and mask.is_floating_point() else mask
-    given = (part.float() for part in (q, k, v))
-    with torch.autocast("cpu", enabled=False):
-        out = F.scaled_dot_product_attention(*given, mask, is_causal=causal, scale=scale)
-    return out.transpose(1, 2).to(v.dtype)
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale).transpose(1, 2)
 
 
 def _slow_backward(q: Tensor, k: Tensor) -> bool:
     """Whether torch's backward pass takes several times as long as in float32, as for short rows on a CPU it does."""
-    return q.is_cpu and q.dtype == torch.bfloat16 and k.shape[2] < BLOCK and torch.is_grad_enabled()
+    return q.is_cpu and q.dtype == torch.bfloat16 and k.shape[1] < BLOCK and torch.is_grad_enabled()
 
 
 def _to_query_heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
