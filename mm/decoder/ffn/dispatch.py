@@ -204,19 +204,19 @@ class _Dispatch(torch.autograd.Function):
         inner = empty(before, len(before), down.shape[2])
         activation.forward(before, inner)
         out = products.clear(products.linear(inner, down, down_bias))
-        said = _gather(out, back).view(tokens, chosen, x.shape[1])
-        ctx.save_for_backward(rows, before, inner, said, first, first_bias, down, down_bias, weights, order, back)
+        ctx.save_for_backward(rows, before, inner, out, first, first_bias, down, down_bias, weights, order, back)
         ctx.products, ctx.activation = products, activation
-        return torch.bmm(weights.unsqueeze(1), said).squeeze(1)
+        return _sums(out, back.view(tokens, chosen), weights)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        rows, before, inner, said, first, first_bias, down, down_bias, weights, order, back = ctx.saved_tensors
+        rows, before, inner, out, first, first_bias, down, down_bias, weights, order, back = ctx.saved_tensors
         products, (tokens, chosen) = ctx.products, weights.shape
         wants_x, wants_first, wants_first_bias, wants_down, wants_down_bias = ctx.needs_input_grad[:5]
-        grad_weights = torch.bmm(said, grad.unsqueeze(2)).squeeze(2)
         grad_out = _rows(grad, order // chosen)
+        grad_weights = weights.new_zeros(weights.numel())
+        grad_weights[order] = torch.linalg.vecdot(out, grad_out)
         grad_out.mul_(weights.reshape(-1).index_select(0, order).unsqueeze(1))
         # Frozen experts cost no product.
         grad_down = products.outer(grad_out, inner, down) if wants_down else None
@@ -228,8 +228,10 @@ class _Dispatch(torch.autograd.Function):
         grad_x = None
         if wants_x:
             per_row = products.clear(products.transposed(grad_before, first))
-            grad_x = _gather(per_row, back).view(tokens, chosen, rows.shape[1]).sum(1)
-        return (grad_x, grad_first, grad_first_bias, grad_down, grad_down_bias, grad_weights, *[None] * 4)
+            grad_x = _sums(per_row, back.view(tokens, chosen), None)
+        return (
+            grad_x, grad_first, grad_first_bias, grad_down, grad_down_bias, grad_weights.view_as(weights), *[None] * 4
+        )  # fmt: skip
 
 
 def _ends(places: Tensor, experts: int) -> Tensor:
@@ -237,11 +239,15 @@ def _ends(places: Tensor, experts: int) -> Tensor:
     return torch.searchsorted(places, torch.arange(experts, device=places.device), right=True)
 
 
-def _gather(rows: Tensor, back: Tensor) -> Tensor:
-    """rows[back], zero where `back` points past the last row."""
-    if len(rows) == len(back):  # every choice has a row, the usual case
-        return _rows(rows, back)
-    return _rows(torch.cat([rows, rows.new_zeros(1, rows.shape[1])]), back.clamp(max=len(rows)))
+def _sums(rows: Tensor, back: Tensor, weights: Tensor | None) -> Tensor:
+    """rows (R, D), back and weights (S, K) -> (S, D): of each token the sum of its rows times their weights (None: 1);
+    0 for what `back` points to past the last row."""
+    if len(rows) < back.numel():  # not every choice has a row
+        rows, back = torch.cat([rows, rows.new_zeros(1, rows.shape[1])]), back.clamp(max=len(rows))
+    if rows.is_cpu:  # in one pass, summed in float32
+        return F.embedding_bag(back, rows, mode="sum", per_sample_weights=weights)
+    taken = rows.index_select(0, back.reshape(-1)).view(*back.shape, -1)
+    return taken.sum(1) if weights is None else torch.bmm(weights.unsqueeze(1), taken).squeeze(1)
 
 
 def _rows(x: Tensor, index: Tensor) -> Tensor:
