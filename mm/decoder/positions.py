@@ -158,7 +158,8 @@ class _Turn(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return _turned(grad, *ctx.saved_tensors, ctx.pairs, -1.0), None, None, None
+        cos, sin = ctx.saved_tensors
+        return _turned(grad, cos, sin, ctx.pairs, -1.0), None, None, None
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor, pairs: str, way: float) -> Tensor:

@@ -39,9 +39,11 @@ def test_gradients_of_rms_norm_are_those_of_its_formula(dtype, offset):
     norm(x).backward(grad)
     weight = norm.get_parameter("weight").detach().double().requires_grad_()
     (big / (big.square().mean(-1, keepdim=True) + 0.1).sqrt() * (offset + weight)).backward(grad.double())
+    found = norm.get_parameter("weight").grad
+    assert big.grad is not None and weight.grad is not None and found is not None
     # Of bfloat16 x's gradient is rounded to 8 bits at the end, and that alone; the weight's is made in float32.
     torch.testing.assert_close(x.grad, big.grad.to(dtype), **(ULPS if dtype == torch.float32 else {}))
-    torch.testing.assert_close(norm.get_parameter("weight").grad, weight.grad.float(), atol=5e-6, rtol=5e-6)
+    torch.testing.assert_close(found, weight.grad.float(), atol=5e-6, rtol=5e-6)
 
 
 def test_a_frozen_norm_passes_gradients_on():

@@ -61,6 +61,7 @@ def test_what_is_turned_and_its_gradient_are_the_formula_s(pairs, fraction):
     big = x.detach().double().requires_grad_()
     wanted = formula(big)
     wanted.backward(grad.double())
+    assert x.grad is not None and big.grad is not None
     for found, exact in ((turned, wanted), (rotary.turn(x.detach(), layout), wanted), (x.grad, big.grad)):
         torch.testing.assert_close(found, exact.float(), rtol=1e-5, atol=1e-6)  # float32's angles, a few roundings
 

@@ -28,9 +28,9 @@ class Apart:
         """(B, T, ...) -> (N, L, ...), 0 at padding."""
         return _Move.apply(x, self.there, self.back).view(*self.layout.queries.index.shape, *x.shape[2:])  # type: ignore[no-any-return]
 
-    def put(self, x: Tensor, rows: int) -> Tensor:
-        """(N, L, ...) -> (B, T, ...) of so many rows, 0 at padding."""
-        return _Move.apply(x, self.back, self.there).view(rows, -1, *x.shape[2:])  # type: ignore[no-any-return]
+    def put(self, x: Tensor, layout: Layout) -> Tensor:
+        """(N, L, ...) -> (B, T, ...) as they stood in that layout, 0 at padding."""
+        return _Move.apply(x, self.back, self.there).view(*layout.queries.index.shape, *x.shape[2:])  # type: ignore[no-any-return]
 
 
 def apart(layout: Layout) -> Apart | None:

@@ -46,8 +46,8 @@ def attend(
         documents = apart(layout) if layout.offset == 0 else None
         if documents is None:
             return _masked(q, k, v, layout, **options)
-        parts = (documents.take(part) for part in (q, k, v))
-        return documents.put(attend(*parts, documents.layout, **options), len(q))
+        q, k, v = (documents.take(part) for part in (q, k, v))
+        return documents.put(attend(q, k, v, documents.layout, **options), layout)
     return _in_blocks(q, k, v, layout, plain and layout.offset == 0 and not layout.has_branches, options)
 
 
