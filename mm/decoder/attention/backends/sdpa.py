@@ -35,15 +35,15 @@ def attend(
     rows.
 
     One document a row takes one causal call, as do packed documents of long rows, one by one; those of short rows
-    become rows of their own where that is less work. All else needs a mask, made once a forward pass; for long rows it
-    is made of blocks, so that none of T x S is ever held. Soft caps and sinks write the scores out.
+    become rows of their own on a CPU, where that is less work. All else needs a mask, made once a forward pass; for
+    long rows it is made of blocks, so that none of T x S is ever held. Soft caps and sinks write the scores out.
     """
     plain = window is None and slopes is None and softcap is None and sinks is None
     if plain and layout.is_plain_causal:
         return _sdpa(q, k, v, None, True, scale)
     options = {"scale": scale, "window": window, "slopes": slopes, "softcap": softcap, "sinks": sinks}
     if q.shape[1] < BLOCK:
-        documents = apart(layout) if layout.offset == 0 else None
+        documents = apart(layout) if q.is_cpu and layout.offset == 0 else None  # a GPU would wait for their bounds
         if documents is None:
             return _masked(q, k, v, layout, **options)
         q, k, v = (documents.take(part) for part in (q, k, v))
@@ -161,7 +161,8 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, sc
 
 def _slow_backward(q: Tensor, k: Tensor) -> bool:
     """Whether torch's backward pass takes several times as long as in float32, as for short rows on a CPU it does."""
-    return q.is_cpu and q.dtype == torch.bfloat16 and k.shape[1] < BLOCK and torch.is_grad_enabled()
+    learns = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
+    return learns and q.is_cpu and q.dtype == torch.bfloat16 and k.shape[1] < BLOCK
 
 
 def _to_query_heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
