@@ -28,9 +28,9 @@ def layout(branches: bool) -> Layout:
     return Layout(places, places, index[..., None].expand(-1, -1, 3))
 
 
-def inputs(dtype: torch.dtype = torch.float64) -> list[Tensor]:
+def inputs() -> list[Tensor]:
     torch.manual_seed(0)
-    return [torch.randn(2, 20, n, d, dtype=dtype, requires_grad=True) for n, d in ((H, D), (G, D), (G, E))]
+    return [torch.randn(2, 20, n, d, dtype=torch.float64, requires_grad=True) for n, d in ((H, D), (G, D), (G, E))]
 
 
 @pytest.mark.parametrize("branches", [False, True])

@@ -272,3 +272,11 @@ def run_ranks(world: int, out: Path) -> Path:
         pytest.fail(f"{world} rank(s) hang: {process.communicate()[0][-2000:]}")
     assert process.returncode == 0, output[-4000:]
     return out
+
+
+def test_gradients_are_clipped_in_mixed_precision() -> None:
+    """The optimizer is fused, which the trainer takes for one that clipping is impossible with."""
+    model = tiny_model()
+    fit(InstructionModule(model), [sample_batch(model, [SAMPLES])], precision="bf16-mixed", gradient_clip_val=1e-3)
+    left = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None])  # of the last step
+    assert float(left.norm()) == pytest.approx(1e-3, rel=1e-3)

@@ -1,4 +1,4 @@
-"""Packed documents as rows of their own, for attention without keys that no query sees.
+"""Packed documents as rows of their own, for attention on a CPU without keys that no query sees.
 
 Shape legend: `B` rows, `T` positions, `N` documents, `L` positions of the longest.
 """
@@ -34,8 +34,8 @@ class Apart:
 
 
 def apart(layout: Layout) -> Apart | None:
-    """The documents of a layout without a cache as rows of their own, where those hold at most half as many pairs of
-    a query and a key; once a forward pass."""
+    """The documents of a layout on a CPU, without a cache, as rows of their own, where those hold at most half as many
+    pairs of a query and a key; once a forward pass."""
     return layout.remember("apart", lambda: _apart(layout))
 
 
@@ -51,7 +51,6 @@ def _apart(layout: Layout) -> Apart | None:
     there = torch.where(steps < lengths[:, None], begins[:, None] + steps, -1).reshape(-1)
     back = torch.full((rows * length,), -1)
     back[there[there >= 0]] = (there >= 0).nonzero()[:, 0]
-    there, back = (index.to(layout.positions.device, non_blocking=True) for index in (there, back))
 
     def taken(values: Tensor) -> Tensor:
         return _move(values.flatten(0, 1), there).view(len(spans), longest, *values.shape[2:])
