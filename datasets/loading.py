@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import math
+import os
+import time
 from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from mm.datasets.packing import PackedBatch
 from mm.datasets.stream import Batches
 
 Note = Callable[[PackedBatch], None]
+# Seconds that training waits for a batch before its workers, begun anew, run like any other process: they are slow, or
+# other programs leave them no core.
+PATIENCE = 2.0
+AT_ONCE = 8  # batches of a worker: what a run begins with
 
 
 class BatchLoader:
@@ -76,22 +83,62 @@ class TrainLoader(BatchLoader):
 
 
 def _read(batches: Batches, numbers: range, workers: int, prefetch: int) -> Generator[PackedBatch, None, None]:
-    # Refers to no loader, so that no cycle keeps it: PyTorch's iterator ends its workers at once when its last
-    # reference goes, but waits five seconds for each of them when the garbage collector finds it.
-    loader = DataLoader(
-        batches,
-        batch_size=None,
-        sampler=numbers,
-        num_workers=workers,
-        prefetch_factor=prefetch if workers else None,
-        # Of its own: a loader draws its workers' seed when it is opened, and a resumed run opens it at other moments
-        # than an unbroken one; the global generator would not be where it was.
-        generator=torch.Generator(),
-    )
+    """On a machine that computes on its CPU alone, workers give way to training until it waits for them."""
+    gives_way = workers > 0 and hasattr(os, "SCHED_IDLE") and not torch.accelerator.is_available()
     try:
-        yield from loader
+        while numbers:
+            for batch, waited in _timed(_open_loader(batches, numbers, workers, prefetch, gives_way)):
+                yield batch
+                numbers = numbers[1:]
+                if gives_way and waited > PATIENCE:
+                    gives_way = False
+                    break
     except ValueError as error:
         if not str(error).startswith("Caught "):
             raise
         # From a worker: PyTorch makes the whole traceback a part of the message.
         raise type(error)(str(error).strip().splitlines()[-1].split(": ", 1)[-1]) from error
+
+
+def _open_loader(
+    batches: Batches, numbers: range, workers: int, prefetch: int, gives_way: bool
+) -> Iterator[PackedBatch]:
+    # Refers to no loader, so that no cycle keeps it: PyTorch's iterator ends its workers at once when its last
+    # reference goes, but waits five seconds for each of them when the garbage collector finds it.
+    return iter(
+        DataLoader(
+            _GivingWay(batches) if gives_way else batches,
+            batch_size=None,
+            sampler=numbers,
+            num_workers=workers,
+            prefetch_factor=prefetch if workers else None,
+            # Of its own: a loader draws its workers' seed when it is opened, and a resumed run opens it at other
+            # moments than an unbroken one; the global generator would not be where it was.
+            generator=torch.Generator(),
+        )
+    )
+
+
+def _timed(batches: Iterator[PackedBatch]) -> Generator[tuple[PackedBatch, float], None, None]:
+    """Each with the seconds that it was waited for; the first, for which workers have to start, with none."""
+    started = math.inf
+    for batch in batches:
+        yield batch, time.perf_counter() - started
+        started = time.perf_counter()
+
+
+class _GivingWay(Dataset[PackedBatch]):
+    """The same batches, from a worker that after `AT_ONCE` of them runs only where a core would else be idle.
+
+    Each operation of training waits for the last of its threads, so a worker that shares a core with one of them holds
+    up the others too. A process cannot take this priority back: hence `PATIENCE`.
+    """
+
+    def __init__(self, batches: Batches) -> None:
+        self.batches, self.at_once = batches, AT_ONCE
+
+    def __getitem__(self, number: int) -> PackedBatch:
+        if self.at_once == 0:
+            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+        self.at_once -= 1
+        return self.batches[number]

@@ -22,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mm.decoder import many_rows
+
 MOST_ROWS = 16  # with as many it is 0.9 to 2.1 times as fast as torch, by shape (benchmarks/few_rows.py)
 DTYPES = (torch.float32, torch.bfloat16)
 SOURCE = Path(__file__).with_suffix(".cpp")
@@ -30,7 +32,7 @@ FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-shared", "
 
 
 class Linear(nn.Linear):
-    """torch's, with products of few rows by `few_rows`."""
+    """torch's, with products of few rows by `few_rows`, of many by what is fastest for them."""
 
     def forward(self, input: Tensor) -> Tensor:
         return linear(input, self.weight, self.bias)
@@ -39,7 +41,7 @@ class Linear(nn.Linear):
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (..., K), weight (N, K), bias (N,) -> (..., N): torch's linear, or `few_rows` where that is made for it."""
     if not suits(x, weight):
-        return F.linear(x, weight, bias)
+        return many_rows.linear(x, weight, bias)
     y = few_rows(x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], weight.shape[0])
     return y if bias is None else y + bias
 

@@ -24,6 +24,8 @@ _HUGE_PAGE, _MADV_HUGEPAGE = 2 << 20, 14
 class Pool:
     """Blocks by size, at most `most` bytes of them idle; those of a size longest not given back go first.
 
+    Sizes are rounded up by an eighth at most: the rows of one step are not quite as many as those of the next.
+
     A block comes back from any thread and in the middle of anything, wherever its last tensor goes: so nothing here is
     counted, and each step is one that no other can interrupt.
     """
@@ -39,10 +41,11 @@ class Pool:
 
     def take(self, size: int) -> Tensor:
         """(size,) uint8, not set to anything."""
-        block = _pop(self._blocks.get(size))
+        room = _room(size)
+        block = _pop(self._blocks.get(room))
         if block is None:
-            block = _fresh(size)
-        lease = block[:]  # the tensor keeps this view alive, and nobody else does
+            block = _fresh(room)
+        lease = block[:size]  # the tensor keeps this view alive, and nobody else does
         weakref.finalize(lease, self._back, block).atexit = False
         return torch.from_numpy(lease)
 
@@ -52,6 +55,12 @@ class Pool:
         while self.idle > self.most and (size := next(iter(list(self._blocks)), None)) is not None:
             if _pop(self._blocks.get(size)) is None:
                 self._blocks.pop(size, None)
+
+
+def _room(size: int) -> int:
+    """The next of eight even steps from one power of two to the next."""
+    step = 1 << max(0, size.bit_length() - 4)
+    return -(-size // step) * step
 
 
 def _pop(blocks: list[np.ndarray] | None) -> np.ndarray | None:

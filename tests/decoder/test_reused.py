@@ -94,3 +94,18 @@ def test_many_threads(pool: Pool) -> None:
     for thread in threads:
         thread.join()
     assert not wrong and pool.idle <= pool.most
+
+
+def test_a_block_serves_sizes_that_differ_little(pool: Pool) -> None:
+    places = set()
+    for rows in range(SIZE // 4 - 300, SIZE // 4 + 1, 100):
+        x = empty(torch.zeros(1), rows)
+        assert x.numel() == rows
+        places.add(x.data_ptr())
+        del x
+    assert len(places) == 1 and pool.idle == SIZE
+
+
+@pytest.mark.parametrize("size", [LEAST, LEAST + 1, 5 * LEAST - 1, 9 * LEAST // 8, (1 << 40) + 1])
+def test_rooms_are_an_eighth_larger_at_most(size: int) -> None:
+    assert size <= reused._room(size) <= size * 9 / 8
