@@ -42,19 +42,35 @@ struct Pair {
 // STEP numbers: of float32 the first half and the second, of bfloat16 those at even places and those at odd ones, which
 // takes a shift and a mask where putting them in order would take shuffles. x is laid out to match (lay_out).
 inline Pair load(const float *p) { return {*(const Lanes *)p, *(const Lanes *)(p + LANES)}; }
+#ifdef __AVX512BF16__
+// Products of bfloat16 pairs, added in float32, are an instruction of their own: x then stays as it is.
+struct Whole {
+    __m512bh v;
+};
+inline Whole load(const bfloat *p) { return {(__m512bh)_mm512_loadu_si512(p)}; }
+#else
 inline Pair load(const bfloat *p) {
     Bits both = *(const Bits *)p;
     return {(Lanes)(both << 16), (Lanes)(both & 0xffff0000u)};
 }
+#endif
 
-// A row of x as the tiles read it: float32, filled up with zeros to a multiple of STEP, in `load`'s order for W.
+// A row of x as the tiles read it, filled up with zeros to a multiple of STEP: in `load`'s order for W and in float32,
+// or where bfloat16 has instructions in bfloat16, in the first half of a row's place.
 inline void lay_out(const float *x, float *to, ptrdiff_t K) { memcpy(to, x, (size_t)K * sizeof *to); }
+inline Pair load_x(const float *row, ptrdiff_t k, float) { return load(row + k); }
+#ifdef __AVX512BF16__
+inline void lay_out(const bfloat *x, float *to, ptrdiff_t K) { memcpy(to, x, (size_t)K * sizeof *x); }
+inline Whole load_x(const float *row, ptrdiff_t k, bfloat) { return load((const bfloat *)row + k); }
+#else
 inline void lay_out(const bfloat *x, float *to, ptrdiff_t K) {
     for (ptrdiff_t k = 0; k < K; k++) {
         uint32_t bits = (uint32_t)x[k] << 16;
         memcpy(to + k / STEP * STEP + k % STEP / 2 + k % 2 * LANES, &bits, sizeof bits);
     }
 }
+inline Pair load_x(const float *row, ptrdiff_t k, bfloat) { return load(row + k); }
+#endif
 
 inline void store(float *to, float value) { *to = value; }
 inline void store(bfloat *to, float value) {  // the nearest, of two as near the even one; NaN stays NaN
@@ -73,6 +89,11 @@ inline Lanes fused(Lanes a, Lanes b, Lanes c) {
     return a * b + c;
 #endif
 }
+
+inline Lanes add(Pair a, Pair b, Lanes c) { return fused(a.b, b.b, fused(a.a, b.a, c)); }
+#ifdef __AVX512BF16__
+inline Lanes add(Whole a, Whole b, Lanes c) { return (Lanes)_mm512_dpbf16_ps((__m512)c, a.v, b.v); }
+#endif
 
 // In pairs: with rows of a few hundred numbers, adding one lane after the other takes as long as the products.
 inline float total(Lanes v) {
@@ -106,18 +127,18 @@ struct Product {
         const float *x = this->x + m0 * padded;
         const T *w = this->w + n0 * K;
         Lanes sum[RN][RM] = {};
-        auto add = [&](const Pair *a, ptrdiff_t k) {
+        using Numbers = decltype(load(w));
+        auto add_step = [&](const Numbers *a, ptrdiff_t k) {
             UNROLL for (int m = 0; m < RM; m++) {
-                Pair b = load(x + m * padded + k);
-                UNROLL for (int n = 0; n < RN; n++) sum[n][m] = fused(a[n].a, b.a, sum[n][m]);
-                UNROLL for (int n = 0; n < RN; n++) sum[n][m] = fused(a[n].b, b.b, sum[n][m]);
+                Numbers b = load_x(x + m * padded, k, T());
+                UNROLL for (int n = 0; n < RN; n++) sum[n][m] = add(a[n], b, sum[n][m]);
             }
         };
-        Pair a[RN];
+        Numbers a[RN];
         ptrdiff_t k = 0;
         for (; k + STEP <= K; k += STEP) {
             UNROLL for (int n = 0; n < RN; n++) a[n] = load(w + n * apart * K + k);
-            add(a, k);
+            add_step(a, k);
         }
         if (k < K) {
             for (int n = 0; n < RN; n++) {
@@ -125,7 +146,7 @@ struct Product {
                 memcpy(rest, w + n * apart * K + k, (size_t)(K - k) * sizeof *rest);
                 a[n] = load(rest);
             }
-            add(a, k);
+            add_step(a, k);
         }
         UNROLL for (int n = 0; n < RN; n++)
             UNROLL for (int m = 0; m < RM; m++) store(y + row[m0 + m] * N + n0 + n * apart, total(sum[n][m]));
