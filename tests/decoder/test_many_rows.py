@@ -11,7 +11,6 @@ from torch import Tensor
 
 from mm.decoder import many_rows as module
 from mm.decoder.few_rows import Linear
-from mm.decoder.ffn.dispatch import Slices
 from mm.decoder.many_rows import LEAST, SETTING, linear, onednn
 
 
@@ -134,15 +133,3 @@ def test_it_is_chosen_for_being_exact_and_faster(monkeypatch: pytest.MonkeyPatch
         times = iter([quick, slow])
         monkeypatch.setattr(module, "_seconds", lambda work, times=times: next(times))
         assert module.is_faster.__wrapped__() == (expected and not rounds())
-
-
-@pytest.mark.usefixtures("faster")
-def test_experts_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = []
-    monkeypatch.setattr(torch, "mm", lambda a, b, out: seen.append(SETTING.fp32_precision))
-    places = torch.tensor([0, 0, 2, 2, 2])
-    products = Slices(places, 3)
-    products.linear(torch.randn(5, 4), torch.randn(3, 6, 4), None)
-    products.transposed(torch.randn(5, 6), torch.randn(3, 6, 4))
-    products.outer(torch.randn(5, 6), torch.randn(5, 4), torch.randn(3, 6, 4))
-    assert seen == ["bf16"] * 6

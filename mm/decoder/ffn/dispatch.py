@@ -9,7 +9,6 @@ hidden width, `I` = 2F for gated experts, else F; a product's weight is (E, N, M
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from typing import Any, Literal, Protocol, get_args
 
 import torch
@@ -18,7 +17,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mm.decoder.ffn.activations import Activation
-from mm.decoder.many_rows import onednn
 from mm.decoder.reused import empty
 
 Dispatch = Literal["auto", "slices", "grouped"]
@@ -117,26 +115,23 @@ class Slices:
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         out = empty(x, len(x), weight.shape[1])
-        with self._onednn(x, weight):
-            for expert, given, made in zip(self.busy, x.split(self.counts), out.split(self.counts), strict=True):
-                if bias is None:
-                    torch.mm(given, weight[expert].t(), out=made)
-                else:
-                    torch.addmm(bias[expert], given, weight[expert].t(), out=made)
+        for expert, given, made in zip(self.busy, x.split(self.counts), out.split(self.counts), strict=True):
+            if bias is None:
+                torch.mm(given, weight[expert].t(), out=made)
+            else:
+                torch.addmm(bias[expert], given, weight[expert].t(), out=made)
         return out
 
     def transposed(self, grad: Tensor, weight: Tensor) -> Tensor:
         out = empty(grad, len(grad), weight.shape[2])
-        with self._onednn(grad, weight):
-            for expert, given, made in zip(self.busy, grad.split(self.counts), out.split(self.counts), strict=True):
-                torch.mm(given, weight[expert], out=made)
+        for expert, given, made in zip(self.busy, grad.split(self.counts), out.split(self.counts), strict=True):
+            torch.mm(given, weight[expert], out=made)
         return out
 
     def outer(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         out = empty(grad, *weight.shape)
-        with self._onednn(grad, weight):
-            for expert, left, right in zip(self.busy, grad.split(self.counts), x.split(self.counts), strict=True):
-                torch.mm(left.t(), right, out=out[expert])
+        for expert, left, right in zip(self.busy, grad.split(self.counts), x.split(self.counts), strict=True):
+            torch.mm(left.t(), right, out=out[expert])
         return self._zero(out)
 
     def sums(self, grad: Tensor, bias: Tensor) -> Tensor:
@@ -147,9 +142,6 @@ class Slices:
 
     def clear(self, x: Tensor) -> Tensor:
         return x
-
-    def _onednn(self, x: Tensor, weight: Tensor) -> AbstractContextManager[None]:
-        return onednn(x, len(x) * weight[0].numel() // max(1, len(self.busy)))
 
     def _zero(self, out: Tensor) -> Tensor:
         for expert in self.idle:
