@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import time
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from mm.datasets.packing import PackedBatch
 from mm.datasets.stream import Batches
 
+LOG = logging.getLogger(__name__)
 Note = Callable[[PackedBatch], None]
 # Seconds that training waits for a batch before its workers, begun anew, run like any other process: they are slow, or
 # other programs leave them no core.
@@ -91,6 +93,7 @@ def _read(batches: Batches, numbers: range, workers: int, prefetch: int) -> Gene
                 yield batch
                 numbers = numbers[1:]
                 if gives_way and waited > PATIENCE:
+                    LOG.info("a batch came after %.1f s: loader workers begin anew and give way no more", waited)
                     gives_way = False
                     break
     except ValueError as error:
