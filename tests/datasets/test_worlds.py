@@ -184,3 +184,8 @@ def test_a_caption_tells_every_attribute(world):
         values = world(n=5)[index].meta["attributes"]  # the same clip, asked about
         assert told == ", ".join(f"{name} {value}" for name, value in values.items())
         assert sample.messages[0]["content"] == [{"type": world.kind, "media": 0}] and not sample.branches
+
+
+def test_a_clip_made_again_has_the_same_bytes() -> None:
+    world = VideoWorld(1)
+    assert len({world[0].media[0].data for _ in range(300)}) == 1
