@@ -143,9 +143,9 @@ def encode_mp4(frames: NDArray[np.uint8], fps: int) -> bytes:
     """(T, H, W, 3) RGB frames, H and W even -> an H.264 MP4 file whose frame i is shown at exactly i / fps seconds."""
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as file:
-        # One thread, and none of x264's code that is not the same on every processor (by its AVX-512 one clip in 200 came
-        # out otherwise when made again): bytes then do not depend on the machine. No B-frames: no edit list
-        # shifts the first timestamp.
+        # One thread, and only code of x264's that is the same on every processor (by its AVX-512 one clip in 200 came
+        # out otherwise when made again): bytes then do not depend on the machine. No B-frames: no edit list shifts the
+        # first timestamp.
         options = {"preset": "veryfast", "crf": "10", "bf": "0", "threads": "1", "x264-params": "cpu-independent=1"}
         stream = file.add_stream("libx264", rate=fps, options=options)
         stream.height, stream.width = frames.shape[1:3]
