@@ -196,8 +196,10 @@ class Worker:
             self.engine.step()
         except Exception as error:
             LOG.exception("a step of the engine failed; it starts anew")
-            self._fail(error)
-            self.engine = self._make()
+            try:
+                self.engine = self._make()  # before they are told: who asks again finds the new one
+            finally:
+                self._fail(error)
         self._following = [each for each in self._following if each.tell()]
 
     def _fail(self, error: Exception) -> None:
