@@ -7,16 +7,18 @@ import math
 import os
 import time
 from collections.abc import Callable, Generator, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from mm.datasets.packing import PackedBatch
+from mm.datasets.parcel import Parcel
 from mm.datasets.stream import Batches
 
 LOG = logging.getLogger(__name__)
 Note = Callable[[PackedBatch], None]
+_T = TypeVar("_T")
 # Seconds that training waits for a batch before its workers, begun anew, run like any other process: they are slow, or
 # other programs leave them no core.
 PATIENCE = 2.0
@@ -90,7 +92,7 @@ def _read(batches: Batches, numbers: range, workers: int, prefetch: int) -> Gene
     try:
         while numbers:
             for batch, waited in _timed(_open_loader(batches, numbers, workers, prefetch, gives_way)):
-                yield batch
+                yield batch.open() if isinstance(batch, Parcel) else batch
                 numbers = numbers[1:]
                 if gives_way and waited > PATIENCE:
                     LOG.info("a batch came after %.1f s: loader workers begin anew and give way no more", waited)
@@ -105,12 +107,12 @@ def _read(batches: Batches, numbers: range, workers: int, prefetch: int) -> Gene
 
 def _open_loader(
     batches: Batches, numbers: range, workers: int, prefetch: int, gives_way: bool
-) -> Iterator[PackedBatch]:
+) -> Iterator[PackedBatch | Parcel]:
     # Refers to no loader, so that no cycle keeps it: PyTorch's iterator ends its workers at once when its last
     # reference goes, but waits five seconds for each of them when the garbage collector finds it.
     return iter(
         DataLoader(
-            _GivingWay(batches) if gives_way else batches,
+            _InWorker(batches, gives_way) if workers else batches,
             batch_size=None,
             sampler=numbers,
             num_workers=workers,
@@ -122,7 +124,7 @@ def _open_loader(
     )
 
 
-def _timed(batches: Iterator[PackedBatch]) -> Generator[tuple[PackedBatch, float], None, None]:
+def _timed(batches: Iterator[_T]) -> Generator[tuple[_T, float], None, None]:
     """Each with the seconds that it was waited for; the first, for which workers have to start, with none."""
     started = math.inf
     for batch in batches:
@@ -130,18 +132,19 @@ def _timed(batches: Iterator[PackedBatch]) -> Generator[tuple[PackedBatch, float
         started = time.perf_counter()
 
 
-class _GivingWay(Dataset[PackedBatch]):
-    """The same batches, from a worker that after `AT_ONCE` of them runs only where a core would else be idle.
+class _InWorker(Dataset[Parcel]):
+    """The same batches as parcels; with `gives_way`, from a worker that after `AT_ONCE` of them runs only where a core
+    would else be idle.
 
     Each operation of training waits for the last of its threads, so a worker that shares a core with one of them holds
     up the others too. A process cannot take this priority back: hence `PATIENCE`.
     """
 
-    def __init__(self, batches: Batches) -> None:
-        self.batches, self.at_once = batches, AT_ONCE
+    def __init__(self, batches: Batches, gives_way: bool) -> None:
+        self.batches, self.gives_way, self.at_once = batches, gives_way, AT_ONCE
 
-    def __getitem__(self, number: int) -> PackedBatch:
-        if self.at_once == 0:
+    def __getitem__(self, number: int) -> Parcel:
+        if self.gives_way and self.at_once == 0:
             os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
         self.at_once -= 1
-        return self.batches[number]
+        return Parcel.pack(self.batches[number])
