@@ -1,39 +1,52 @@
-"""AdamW with decay on matrices only, and a warm-up + cosine learning rate."""
+"""AdamW, or Muon for matrices, with decay on matrices only, and a warm-up + cosine learning rate."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
+from mm.training.muon import Muon, matrices_of
+
 
 @dataclass
 class OptimConfig:
-    """`warmup` is a share of all steps if below 1, else a number of steps; the rate ends at `final` times `lr`."""
+    """`warmup` is a share of all steps if below 1, else a number of steps; the rate ends at `final` times `lr`.
+
+    `matrices` is how the weights between hidden states learn: "adamw" as all else, or "muon", which takes fewer steps
+    and some arithmetic in each (mm.training.muon).
+    """
 
     lr: float = 1e-3
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.95)
     warmup: float = 0.05
     final: float = 0.1
+    matrices: Literal["adamw", "muon"] = "adamw"
 
-    def optimizer(self, module: nn.Module) -> AdamW:
+    def optimizer(self, module: nn.Module) -> AdamW | Muon:
         """Fused AdamW (the fastest on CPU and GPU): matrices decay; biases, norms, gates and scales do not."""
         trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
         if not trained:
             raise ValueError("nothing to train: every parameter is frozen; check the stage's `train` patterns")
         # The biases of experts are rows of a matrix, one an expert.
         decays = {name for name, p in trained.items() if p.ndim >= 2 and not name.endswith("bias")}
+        turned = set(matrices_of(module)) & decays if self.matrices == "muon" else set[str]()
         groups = [
-            {"params": [p for name, p in trained.items() if name in decays], "weight_decay": self.weight_decay},
-            {"params": [p for name, p in trained.items() if name not in decays], "weight_decay": 0.0},
+            {"params": [trained[name] for name in trained if name in names], "weight_decay": decay}
+            for names, decay in ((decays - turned, self.weight_decay), (trained.keys() - decays, 0.0))
         ]
-        optimizer = AdamW([group for group in groups if group["params"]], lr=self.lr, betas=self.betas, fused=True)
+        groups = [group for group in groups if group["params"]]
+        if turned:
+            own = [trained[name] for name in trained if name in turned]
+            return Muon(own, groups, lr=self.lr, weight_decay=self.weight_decay, betas=self.betas)
+        optimizer = AdamW(groups, lr=self.lr, betas=self.betas, fused=True)
         # A fused step could take the scale of float16's gradients away itself; the trainer then could not clip them,
         # and refuses to in any mixed precision. So it takes the scale away before, as of any other optimizer.
         optimizer._step_supports_amp_scaling = False
