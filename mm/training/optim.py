@@ -19,6 +19,9 @@ from mm.training.muon import Muon, matrices_of
 class OptimConfig:
     """`warmup` is a share of all steps if below 1, else a number of steps; the rate ends at `final` times `lr`.
 
+    It falls over the last `decay` of the steps after the warm-up, as a cosine: over all of them by default; at 0.2 it
+    stays and then falls (warmup-stable-decay, Hu et al. 2024, arXiv 2404.06395). Raises ValueError for no such share.
+
     `matrices` is how the weights between hidden states learn: "adamw" as all else, or "muon", which takes fewer steps
     and some arithmetic in each (mm.training.muon).
     """
@@ -28,7 +31,12 @@ class OptimConfig:
     betas: tuple[float, float] = (0.9, 0.95)
     warmup: float = 0.05
     final: float = 0.1
+    decay: float = 1.0
     matrices: Literal["adamw", "muon"] = "adamw"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.decay <= 1:
+            raise ValueError(f"optim.decay: {self.decay} is not a share of the steps, 0 to 1")
 
     def optimizer(self, module: nn.Module) -> AdamW | Muon:
         """Fused AdamW (the fastest on CPU and GPU): matrices decay; biases, norms, gates and scales do not."""
@@ -54,11 +62,12 @@ class OptimConfig:
 
     def scheduler(self, optimizer: torch.optim.Optimizer, steps: int) -> LambdaLR:
         warmup = max(1, round(self.warmup * steps if self.warmup < 1 else self.warmup))
+        falling = self.decay * (steps - warmup)
 
         def rate(step: int) -> float:
             if step < warmup:
                 return (step + 1) / warmup
-            done = min(1.0, (step - warmup) / max(1, steps - warmup))
+            done = min(1.0, max(0.0, 1 - (steps - step) / max(1.0, falling)))
             return self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * done))
 
         return LambdaLR(optimizer, rate)

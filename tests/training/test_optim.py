@@ -114,3 +114,17 @@ def test_warmup_below_one_is_a_share_of_the_steps() -> None:
 def test_steps_beyond_the_plan_keep_the_final_rate() -> None:
     assert rates(OptimConfig(lr=1.0, warmup=2, final=0.25), 10, run=14)[10:] == pytest.approx([0.25] * 4)
     assert rates(OptimConfig(lr=1.0, warmup=20), 10)[-1] == pytest.approx(0.5)  # a warm-up longer than the run
+
+
+def test_the_rate_stays_before_it_falls() -> None:
+    seen = rates(OptimConfig(lr=1.0, warmup=10, final=0.1, decay=0.25), 110)
+    assert seen[9:85] == [1.0] * 76  # the last 25 of the 100 steps after the warm-up are a cosine of their own
+    assert seen[85:] == pytest.approx(rates(OptimConfig(lr=1.0, warmup=10, final=0.1), 35)[10:])
+    sudden = rates(OptimConfig(lr=1.0, warmup=10, final=0.1, decay=0.0), 110, run=112)
+    assert sudden[9:110] == [1.0] * 101 and sudden[110:] == pytest.approx([0.1] * 2)
+
+
+@pytest.mark.parametrize("decay", [-0.1, 1.5])
+def test_a_fall_over_a_share_that_is_none_is_refused(decay: float) -> None:
+    with pytest.raises(ValueError, match=f"optim.decay: {decay} .* 0 to 1"):
+        OptimConfig(decay=decay)
