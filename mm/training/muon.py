@@ -35,13 +35,11 @@ class Muon(Optimizer):
 
     A matrix moves by lr * 0.2 * sqrt(C) times it, as far as by AdamW's usual step, so that one rate and one decay serve
     both (Liu et al. 2025, arXiv 2502.16982). A convolution's weight is the matrix (out, in * taps), an experts' stack
-    (N, R, C) so many matrices. Products are in bfloat16 on a GPU, in float32 elsewhere. Every rank does
-    all of the work. Raises ValueError for a parameter that is split over ranks: its rows alone say nothing.
+    (N, R, C) so many matrices. Products are in bfloat16 on a GPU, in float32 elsewhere. Every rank does all of the
+    work. Raises ValueError for a parameter that is split over ranks: its rows alone say nothing.
     """
 
-    _step_supports_amp_scaling = (
-        False  # though the AdamW within is fused: the trainer takes float16's scale away before
-    )
+    _step_supports_amp_scaling = False  # though AdamW's part is fused: as of OptimConfig's other optimizer
 
     def __init__(
         self,
