@@ -1,4 +1,4 @@
-"""One step of the optimizers: fused AdamW, mm's Muon, and torch.optim.Muon with AdamW for the rest.
+"""One step of the optimizers: fused AdamW, mm's Muon and torch.optim.Muon, each of the same matrices.
 
     python benchmarks/optimizers.py [--threads 2]
 

@@ -28,7 +28,8 @@ class Parcel:
 
     @staticmethod
     def pack(item: Any) -> Parcel:
-        """Tensors must be on the CPU and dense; they are copied once, and need not be contiguous."""
+        """Tensors must be on the CPU and dense, and need not be contiguous. They are copied here, and all together into
+        shared memory where a queue takes the parcel."""
         file = io.BytesIO()
         packer = _Packer(file)
         packer.dump(item)

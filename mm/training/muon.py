@@ -58,7 +58,7 @@ class Muon(Optimizer):
         super().__init__([*([own] if own["params"] else []), *groups], {"lr": lr})
         for group in self.param_groups:
             for parameter in group["params"] if group["orthogonal"] else ():
-                if isinstance(parameter, DTensor):
+                if isinstance(parameter, DTensor) or parameter.ndim < 2:  # FSDP's shards are one or the other
                     raise ValueError("Muon needs whole matrices on every rank, but these are split: use adamw or ddp")
 
     @torch.no_grad()

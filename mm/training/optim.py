@@ -45,13 +45,13 @@ class OptimConfig:
             raise ValueError("nothing to train: every parameter is frozen; check the stage's `train` patterns")
         # The biases of experts are rows of a matrix, one an expert.
         decays = {name for name, p in trained.items() if p.ndim >= 2 and not name.endswith("bias")}
-        turned = set(matrices_of(module)) & decays if self.matrices == "muon" else set[str]()
+        turned = trained.keys() & matrices_of(module) if self.matrices == "muon" else set[str]()
         groups = [
             {"params": [trained[name] for name in trained if name in names], "weight_decay": decay}
-            for names, decay in ((decays - turned, self.weight_decay), (trained.keys() - decays, 0.0))
+            for names, decay in ((decays - turned, self.weight_decay), (trained.keys() - decays - turned, 0.0))
         ]
         groups = [group for group in groups if group["params"]]
-        if turned:
+        if self.matrices == "muon":
             own = [trained[name] for name in trained if name in turned]
             return Muon(own, groups, lr=self.lr, weight_decay=self.weight_decay, betas=self.betas)
         optimizer = AdamW(groups, lr=self.lr, betas=self.betas, fused=True)
