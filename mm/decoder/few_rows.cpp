@@ -29,7 +29,10 @@ constexpr ptrdiff_t LANES = 16;
 constexpr ptrdiff_t LANES = 8;
 #endif
 constexpr ptrdiff_t STEP = 2 * LANES;
-constexpr ptrdiff_t BLOCK = 128;  // rows of W that one thread takes at a time, or somewhat fewer
+constexpr ptrdiff_t BLOCK = 128;            // rows of W that one thread takes at a time, or somewhat fewer
+constexpr ptrdiff_t MANY = 4;               // rows of x from which on the processor does not fetch W soon enough by itself
+constexpr ptrdiff_t AHEAD_BYTES = 1 << 12;  // and how much sooner it is then told to
+constexpr ptrdiff_t X_BYTES = 24 << 10;     // of x: what may stay in the first cache beside what is fetched
 
 typedef float Lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef uint32_t Bits __attribute__((vector_size(4 * LANES), aligned(2), may_alias));
@@ -95,22 +98,75 @@ inline Lanes add(Pair a, Pair b, Lanes c) { return fused(a.b, b.b, fused(a.a, b.
 inline Lanes add(Whole a, Whole b, Lanes c) { return (Lanes)_mm512_dpbf16_ps((__m512)c, a.v, b.v); }
 #endif
 
-// In pairs: with rows of a few hundred numbers, adding one lane after the other takes as long as the products.
-inline float total(Lanes v) {
+// Of COUNT vectors each one's lanes, added together: in every one those 8 apart, then 4, 2 and 1. With rows of a few
+// hundred numbers that takes as long as the products, if it is done for one vector after the other.
+#if defined(__AVX512F__) || defined(__FMA__)
 #if defined(__AVX512F__)
-    return _mm512_reduce_add_ps((__m512)v);
-#elif defined(__FMA__)
-    __m128 s = _mm_add_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
-    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
-    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+#define FOLD(name, half, low, high)                                                                 \
+    inline Lanes name(Lanes a, Lanes b) {                                                           \
+        return (Lanes)half((__m512)a, (__m512)b, low) + (Lanes)half((__m512)a, (__m512)b, high);    \
+    }
+FOLD(eights, _mm512_shuffle_f32x4, 0x44, 0xee)
+FOLD(fours, _mm512_shuffle_f32x4, 0x88, 0xdd)
+FOLD(twos, _mm512_shuffle_ps, 0x44, 0xee)
+FOLD(ones, _mm512_shuffle_ps, 0x88, 0xdd)
 #else
-    float s = 0;
-    for (int i = 0; i < LANES; i++) s += v[i];
-    return s;
+#define FOLD(name, half, low, high)                                                                 \
+    inline Lanes name(Lanes a, Lanes b) {                                                           \
+        return (Lanes)half((__m256)a, (__m256)b, low) + (Lanes)half((__m256)a, (__m256)b, high);    \
+    }
+FOLD(fours, _mm256_permute2f128_ps, 0x20, 0x31)
+FOLD(twos, _mm256_shuffle_ps, 0x44, 0xee)
+FOLD(ones, _mm256_shuffle_ps, 0x88, 0xdd)
 #endif
+template <int COUNT>
+inline void totals(const Lanes *v, float *to) {
+    constexpr int PARTS = LANES / 4;  // a vector of four lanes each
+    for (int set = 0; set < COUNT; set += LANES) {
+        auto part = [&](int from) {
+            auto at = [&](int i) { return v[set + (from * PARTS + i) % (COUNT < LANES ? COUNT : LANES)]; };
+#ifdef __AVX512F__
+            return fours(eights(at(0), at(1)), eights(at(2), at(3)));
+#else
+            return fours(at(0), at(1));
+#endif
+        };
+        float found[LANES];
+        *(Lanes *)found = ones(twos(part(0), part(1)), twos(part(2), part(3)));
+        for (int i = 0; i < LANES && set + i < COUNT; i++) to[set + i] = found[i % PARTS * 4 + i / PARTS];
+    }
 }
+#else
+template <int COUNT>
+inline void totals(const Lanes *v, float *to) {
+    for (int i = 0; i < COUNT; i++) {
+        to[i] = 0;
+        for (int lane = 0; lane < LANES; lane++) to[i] += v[i][lane];
+    }
+}
+#endif
 
 #define UNROLL _Pragma("GCC unroll 8")
+
+// In registers from here on: a compiler else reads them anew for each product, which takes longer than the product.
+#ifdef __x86_64__
+inline void hold(Pair &p) { asm("" : "+v"(p.a), "+v"(p.b)); }
+#else
+inline void hold(Pair &) {}
+#endif
+#ifdef __AVX512BF16__
+inline void hold(Whole &p) { asm("" : "+v"(p.v)); }
+#endif
+
+template <typename T>
+inline void fetch(const T *p) {
+    for (size_t line = 0; line < STEP * sizeof(T); line += 64) __builtin_prefetch((const char *)p + line);
+}
+
+// What the rows of x are kept in: of numbers that lie across two of the cache's lines both are read.
+struct alignas(64) Line {
+    float x[16];
+};
 
 // One matrix w (N, K) and the rows of x that go with it, laid out, `padded` numbers each; row[m] is the m-th's in y.
 template <typename T>
@@ -121,24 +177,37 @@ struct Product {
     const ptrdiff_t *row;
     ptrdiff_t rows, N, K, padded;
 
-    // RM rows of x from m, with RN rows of w from n, `apart` rows from one to the next.
+    // RM rows of x from m, with RN rows of w from n, `apart` rows from one to the next: their numbers begin..end, after
+    // those before, whose sums are in `kept`, where these go too until they are complete. With several rows of x, whose
+    // products take as long as reading, the same numbers are fetched of what comes `ahead` rows later.
     template <int RM, int RN>
-    void tile(ptrdiff_t m0, ptrdiff_t n0, ptrdiff_t apart) const {
+    void tile(ptrdiff_t m0, ptrdiff_t n0, ptrdiff_t apart, ptrdiff_t begin, ptrdiff_t end, ptrdiff_t ahead,
+              Lanes *kept) const {
         const float *x = this->x + m0 * padded;
         const T *w = this->w + n0 * K;
         Lanes sum[RN][RM] = {};
+        if (begin)
+            UNROLL for (int n = 0; n < RN; n++) UNROLL for (int m = 0; m < RM; m++) sum[n][m] = kept[n * RM + m];
         using Numbers = decltype(load(w));
         auto add_step = [&](const Numbers *a, ptrdiff_t k) {
             UNROLL for (int m = 0; m < RM; m++) {
                 Numbers b = load_x(x + m * padded, k, T());
+                hold(b);
                 UNROLL for (int n = 0; n < RN; n++) sum[n][m] = add(a[n], b, sum[n][m]);
             }
         };
         Numbers a[RN];
-        ptrdiff_t k = 0;
-        for (; k + STEP <= K; k += STEP) {
-            UNROLL for (int n = 0; n < RN; n++) a[n] = load(w + n * apart * K + k);
+        ptrdiff_t k = begin;
+        for (; k + STEP <= end; k += STEP) {
+            UNROLL for (int n = 0; n < RN; n++) {
+                a[n] = load(w + n * apart * K + k);
+                if (RM >= MANY) fetch(w + (n * apart + ahead) * K + k);
+            }
             add_step(a, k);
+        }
+        if (end < K) {
+            UNROLL for (int n = 0; n < RN; n++) UNROLL for (int m = 0; m < RM; m++) kept[n * RM + m] = sum[n][m];
+            return;
         }
         if (k < K) {
             for (int n = 0; n < RN; n++) {
@@ -148,19 +217,30 @@ struct Product {
             }
             add_step(a, k);
         }
+        float total[RN * RM];
+        totals<RN * RM>(sum[0], total);
         UNROLL for (int n = 0; n < RN; n++)
-            UNROLL for (int m = 0; m < RM; m++) store(y + row[m0 + m] * N + n0 + n * apart, total(sum[n][m]));
+            UNROLL for (int m = 0; m < RM; m++) store(y + row[m0 + m] * N + n0 + n * apart, total[n * RM + m]);
     }
 
     // RM rows of x at a time, as often as there are so many; w's rows begin..end in RN parts, a row of each at a time,
-    // then what is left over. Returns the first row of x that is still to do.
+    // then what is left over; columns in parts that leave the rows of x in the first cache. Returns the first row of x
+    // that is still to do.
     template <int RM, int RN>
     ptrdiff_t sweep(ptrdiff_t m, ptrdiff_t begin, ptrdiff_t end) const {
-        for (; m + RM <= rows; m += RM) {
-            ptrdiff_t part = (end - begin) / RN;
-            for (ptrdiff_t n = begin; n < begin + part; n++) tile<RM, RN>(m, n, part);
-            for (ptrdiff_t n = begin + RN * part; n < end; n++) tile<RM, 1>(m, n, 0);
-        }
+        const ptrdiff_t part = (end - begin) / RN, x_size = sizeof(decltype(load(w))) / STEP;
+        const ptrdiff_t pieces = RM < MANY ? 1 : (RM * K * x_size + X_BYTES - 1) / X_BYTES;
+        const ptrdiff_t piece = (K + pieces * STEP - 1) / (pieces * STEP) * STEP;
+        const ptrdiff_t ahead = 1 + AHEAD_BYTES / (piece * (ptrdiff_t)sizeof(T) + 1);
+        Lanes kept[BLOCK * RM];
+        for (; m + RM <= rows; m += RM)
+            for (ptrdiff_t k = 0; k < K; k += piece) {
+                const ptrdiff_t to = k + piece < K ? k + piece : K;
+                for (ptrdiff_t n = 0; n < part; n++)
+                    tile<RM, RN>(m, begin + n, part, k, to, ahead, kept + n * RN * RM);
+                for (ptrdiff_t n = RN * part; n < end - begin; n++)
+                    tile<RM, 1>(m, begin + n, 0, k, to, ahead, kept + n * RM);
+            }
         return m;
     }
 
@@ -180,7 +260,8 @@ void multiply(const Tensor &x, const Tensor &w, const Tensor &y, const int64_t *
     const ptrdiff_t M = y.size(0), N = y.size(1), K = x.size(1), padded = (K + STEP - 1) / STEP * STEP;
     const T *from = (const T *)x.const_data_ptr();
     // Rows in the order of their matrices.
-    std::vector<float> rows((size_t)(M * padded));
+    std::vector<Line> lines((size_t)(M * padded * (ptrdiff_t)sizeof(float)) / sizeof(Line));
+    float *rows = lines.data()->x;
     std::vector<ptrdiff_t> row;
     std::vector<Product<T>> products;
     row.reserve((size_t)M);
@@ -188,11 +269,11 @@ void multiply(const Tensor &x, const Tensor &w, const Tensor &y, const int64_t *
         ptrdiff_t begin = (ptrdiff_t)row.size();
         for (ptrdiff_t m = 0; m < M; m++)
             if (!group || group[m] == e) {
-                lay_out(from + m * K, rows.data() + (ptrdiff_t)row.size() * padded, K);
+                lay_out(from + m * K, rows + (ptrdiff_t)row.size() * padded, K);
                 row.push_back(m);
             }
         if (ptrdiff_t count = (ptrdiff_t)row.size() - begin)
-            products.push_back({rows.data() + begin * padded, (const T *)w.const_data_ptr() + e * N * K,
+            products.push_back({rows + begin * padded, (const T *)w.const_data_ptr() + e * N * K,
                                 (T *)y.mutable_data_ptr(), row.data() + begin, count, N, K, padded});
     }
     const ptrdiff_t threads = torch::stable::get_num_threads();

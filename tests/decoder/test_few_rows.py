@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from mm.decoder import few_rows as module
 from mm.decoder.few_rows import MOST_ROWS, Linear, few_rows, linear, suits
 
-SHAPES = [(1, 1), (5, 7), (33, 64), (100, 641), (64, 8), (31, 129)]  # outputs x inputs, beside the kernel's own steps
+SHAPES = [(1, 1), (5, 7), (33, 64), (100, 641), (64, 8), (31, 129), (133, 3217)]  # outputs x inputs, beside the kernel's own steps
 
 
 @pytest.fixture(autouse=True)
