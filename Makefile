@@ -53,7 +53,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt | clock
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV); \
 	$(BIN)/python -m pip install --quiet -c constraints.txt uv; \
 	$(BIN)/uv pip install --compile-bytecode --python $(BIN)/python -c constraints.txt -e '.[$(EXTRAS)]'; \
-	$(BIN)/python -W default -c 'from mm.decoder.few_rows import has_kernel; has_kernel()'; \
+	$(BIN)/python -W default -c 'from mm.decoder.kernels import available; available()'; \
 	{ set +x; } 2>/dev/null; \
 	$(BIN)/python -c "print(round($$(date +%s.%N) - $$start, 1))" > $(SECONDS_FILE); \
 	touch $@

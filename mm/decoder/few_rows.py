@@ -1,34 +1,18 @@
-"""Matrix products with few rows, the work of decoding, on a CPU: torch's own are made for many.
-
-The C++ beside this file is compiled when it is first needed, by the machine's own compiler and for its own processor,
-and kept in the user's cache folder. Where there is no compiler torch's products are used, and a warning says so once.
+"""Matrix products with few rows, the work of decoding, on a CPU: torch's own are made for many (kernels/few_rows.cpp).
 
 Shape legend: `M` rows, `N` outputs, `K` inputs, `E` matrices.
 """
 
 from __future__ import annotations
 
-import hashlib
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
-import warnings
-from functools import cache
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mm.decoder import many_rows
+from mm.decoder import kernels, many_rows
 
 MOST_ROWS = 16  # with as many it is 0.9 to 2.1 times as fast as torch, by shape (benchmarks/few_rows.py)
 DTYPES = (torch.float32, torch.bfloat16)
-SOURCE = Path(__file__).with_suffix(".cpp")
-TORCH = Path(torch.__file__).parent
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-shared", "-fPIC")
 
 
 class Linear(nn.Linear):
@@ -71,7 +55,7 @@ def few_rows(x: Tensor, weight: Tensor, group: Tensor | None = None) -> Tensor:
 
 def _first(x: Tensor, weight: Tensor, group: Tensor | None = None) -> Tensor:
     """What the operator does until its kernel is there, which then stands before this; and where there can be none."""
-    return torch.ops.mm.few_rows(x, weight, group) if x.is_cpu and has_kernel() else _with_torch(x, weight, group)
+    return torch.ops.mm.few_rows(x, weight, group) if x.is_cpu and kernels.available() else _with_torch(x, weight, group)
 
 
 def _with_torch(x: Tensor, weight: Tensor, group: Tensor | None) -> Tensor:
@@ -84,53 +68,10 @@ def _with_torch(x: Tensor, weight: Tensor, group: Tensor | None) -> Tensor:
     return y
 
 
-_library = torch.library.Library("mm", "FRAGMENT")
-_library.define("few_rows(Tensor x, Tensor weight, Tensor? group) -> Tensor")
-_library.impl("few_rows", _first, "CompositeExplicitAutograd")
+kernels.library.define("few_rows(Tensor x, Tensor weight, Tensor? group) -> Tensor")
+kernels.library.impl("few_rows", _first, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("mm::few_rows")
 def _(x: Tensor, weight: Tensor, group: Tensor | None = None) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[-2])
-
-
-@cache
-def has_kernel() -> bool:
-    """Loads the compiled kernel; False on a machine without a C++ compiler, which a warning says."""
-    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    try:
-        if compiler is None:
-            raise OSError("there is no c++, g++ or clang++; CXX can name another")
-        torch.ops.load_library(_build(compiler))
-    except (OSError, subprocess.CalledProcessError) as error:
-        said = error.stderr.decode(errors="replace") if isinstance(error, subprocess.CalledProcessError) else error
-        warnings.warn(f"decoding uses torch's slower products: {SOURCE.name} was not built: {said}", stacklevel=2)
-        return False
-    return True
-
-
-def _build(compiler: str) -> Path:
-    """The shared library for this source, compiler, torch and processor; made if it is not there."""
-    version = subprocess.run([compiler, "--version"], check=True, capture_output=True).stdout
-    parts = [SOURCE.read_bytes(), version, *(part.encode() for part in (*FLAGS, torch.__version__, _processor()))]
-    name = hashlib.blake2b(b"\0".join(parts), digest_size=12).hexdigest()
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mm"
-    library = folder / f"few_rows-{name}.so"
-    if library.exists():
-        return library
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as unfinished:
-        made = Path(unfinished) / library.name
-        torchs = [f"-I{TORCH / 'include'}", f"-L{TORCH / 'lib'}", "-ltorch_cpu"]
-        subprocess.run([compiler, *FLAGS, "-o", made, SOURCE, *torchs], check=True, capture_output=True)
-        made.replace(library)  # whole or not at all: several processes may build it at once
-    return library
-
-
-def _processor() -> str:
-    """What `-march=native` goes by: a cache folder may be shared by machines."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() + platform.machine()
-    return "".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))

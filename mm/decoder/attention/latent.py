@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mm.decoder.attention.backends import BACKENDS, Backend
+from mm.decoder.attention.one_query import one_query, suits
 from mm.decoder.attention.windows import Window
 from mm.decoder.cache import Cache
 from mm.decoder.few_rows import Linear
@@ -102,10 +103,15 @@ class LatentAttention(nn.Module):
         w_key, w_value = up.split([self.nope_dim, self.v_dim], 1)  # (H, n, r), (H, v, r)
         q = torch.cat([torch.einsum("bthn,hnr->bthr", q_nope, w_key), q_rope], -1)
         # One key head for all: heads stand as more queries of it, so nothing is repeated in memory.
-        mask = layout.mask(window).expand(len(q), -1, -1, -1).repeat_interleave(self.heads, 2)  # (B, 1, T*H, S)
-        keys = torch.cat([latent, k_rope], -1)[:, None]
-        seen = F.scaled_dot_product_attention(q.flatten(1, 2)[:, None], keys, latent[:, None], mask, scale=self.scale)
-        return torch.einsum("bthr,hvr->bthv", seen.view(*q.shape[:3], self.kv_rank), w_value)
+        keys = torch.cat([latent, k_rope], -1)
+        mask = layout.mask(window).expand(len(q), -1, -1, -1)
+        if suits(q, keys, latent):
+            read = one_query(q[:, 0], keys[:, :, None], latent[:, :, None], mask[:, 0, 0], self.scale)
+        else:
+            mask = mask.repeat_interleave(self.heads, 2)  # (B, 1, T*H, S)
+            queries = q.flatten(1, 2)[:, None]
+            read = F.scaled_dot_product_attention(queries, keys[:, None], latent[:, None], mask, scale=self.scale)
+        return torch.einsum("bthr,hvr->bthv", read.reshape(*q.shape[:3], self.kv_rank), w_value)
 
     def _absorbing_is_cheaper(self, layout: Layout) -> bool:
         """Products a head: absorbed T*S*(2r + p) + T*r*(n + v), expanded T*S*(n + p + v) + S*r*(n + v)."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from mm.decoder.attention.apart import apart
+from mm.decoder.attention.one_query import one_query, suits
 from mm.decoder.attention.windows import Window
 from mm.decoder.layout import Layout
 
@@ -34,10 +35,13 @@ def attend(
     """q (B, T, H, d), k (B, S, G, d) and v (B, S, G, e) with H a multiple of G -> (B, T, H, e); 0 at padding of long
     rows.
 
-    One document a row takes one causal call, as do packed documents of long rows, one by one; those of short rows
+    On a CPU one query a row, as in decoding, has a kernel of its own. One document a row takes one causal call, as do packed documents of long rows, one by one; those of short rows
     become rows of their own on a CPU, where that is less work. All else needs a mask, made once a forward pass; for
     long rows it is made of blocks, so that none of T x S is ever held. Soft caps and sinks write the scores out.
     """
+    if slopes is None and suits(q, k, v):
+        seen = layout.mask(window)[:, 0, 0].expand(len(q), -1)
+        return one_query(q[:, 0], k, v, seen, scale, softcap, sinks)[:, None]
     plain = window is None and slopes is None and softcap is None and sinks is None
     if plain and layout.is_plain_causal:
         return _sdpa(q, k, v, None, True, scale)
@@ -54,6 +58,9 @@ def attend(
 def attend_rows(q: Tensor, keys: list[Tensor], values: list[Tensor], scale: float) -> Tensor:
     """One query of each row, q (B, 1, H, d), that sees all of its row's keys (S_row, G, d) and values (S_row, G, e)
     -> (B, 1, H, e). What a long row has costs the short ones nothing."""
+    if suits(q, keys[0], values[0]):
+        rows = zip(q.unbind(0), keys, values, strict=True)
+        return torch.stack([one_query(row, k[None], v[None], None, scale) for row, k, v in rows])
     groups = keys[0].shape[1]
     grouped = q.unflatten(2, (groups, -1)).unbind(0)  # (1, G, H / G, d): a group's heads as queries of the same keys
     parts = [
