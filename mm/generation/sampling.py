@@ -206,7 +206,7 @@ class Sampler:
         Drawing takes one number from each row's generator (on the CPU, so that a seed means the same on any device).
         """
         # NaN and +inf anywhere reach the maximum, and so does a row of -inf alone: one pass finds them all.
-        valid = logits.amax(dim=-1).isfinite()
+        valid = logits.amax(dim=-1).abs() < math.inf
         if self.greedy:
             ids = self.penalise(logits, history).argmax(dim=-1)
         else:

@@ -10,10 +10,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mm.decoder import few_rows as module, kernels
+from mm.decoder import few_rows as module
+from mm.decoder import kernels
 from mm.decoder.few_rows import MOST_ROWS, Linear, few_rows, linear, suits
 
-SHAPES = [(1, 1), (5, 7), (33, 64), (100, 641), (64, 8), (31, 129), (133, 3217)]  # outputs x inputs, beside the kernel's own steps
+# Outputs x inputs, beside the kernel's own steps, and more inputs than it takes at a time.
+SHAPES = [(1, 1), (5, 7), (33, 64), (100, 641), (64, 8), (31, 129), (133, 3217)]
 
 
 @pytest.fixture(autouse=True)

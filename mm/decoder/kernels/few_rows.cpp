@@ -44,7 +44,7 @@ struct Product {
         if (begin)
             UNROLL for (int n = 0; n < RN; n++) UNROLL for (int m = 0; m < RM; m++) sum[n][m] = kept[n * RM + m];
         auto row_of_w = [&](int n) { return w + n * apart * K; };
-        dots<RM, RN, (RM >= MANY), T>(x + m0 * padded, padded, row_of_w, begin, end, K, ahead * K, sum);
+        dots<RM, RN, RM < MANY ? NONE : FIRST, T>(x + m0 * padded, padded, row_of_w, begin, end, K, ahead * K, sum);
         if (end < K) {
             UNROLL for (int n = 0; n < RN; n++) UNROLL for (int m = 0; m < RM; m++) kept[n * RM + m] = sum[n][m];
             return;

@@ -151,14 +151,16 @@ inline void hold(Pair &) {}
 inline void hold(Whole &p) { asm("" : "+v"(p.v)); }
 #endif
 
-template <typename T>
+// STEP numbers into the first cache or the second, which has more places for what is on its way.
+enum Cache { NONE, SECOND = 2, FIRST = 3 };
+template <Cache INTO, typename T>
 inline void fetch(const T *p) {
-    for (size_t line = 0; line < STEP * sizeof(T); line += 64) __builtin_prefetch((const char *)p + line);
+    for (size_t line = 0; line < STEP * sizeof(T); line += 64) __builtin_prefetch((const char *)p + line, 0, INTO);
 }
 
 // Of RM rows of x, laid out `padded` apart, with RN rows row(n) of K numbers each: the products of the numbers
-// begin..end, added lane by lane to `sum`. With AHEAD what stands `ahead` numbers after each is fetched meanwhile.
-template <int RM, int RN, bool AHEAD, typename T, typename Row>
+// begin..end, added lane by lane to `sum`. Meanwhile what stands `ahead` numbers after each is fetched.
+template <int RM, int RN, Cache INTO, typename T, typename Row>
 __attribute__((always_inline)) inline void dots(const float *x, ptrdiff_t padded, Row row, ptrdiff_t begin,
                                                 ptrdiff_t end, ptrdiff_t K, ptrdiff_t ahead, Lanes (&sum)[RN][RM]) {
     using Numbers = decltype(load((const T *)nullptr));
@@ -174,7 +176,7 @@ __attribute__((always_inline)) inline void dots(const float *x, ptrdiff_t padded
     for (; k + STEP <= end; k += STEP) {
         UNROLL for (int n = 0; n < RN; n++) {
             a[n] = load(row(n) + k);
-            if (AHEAD) fetch(row(n) + ahead + k);
+            if constexpr (INTO != NONE) fetch<INTO>(row(n) + ahead + k);
         }
         add_step(a, k);
     }

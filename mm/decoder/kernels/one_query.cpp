@@ -22,7 +22,7 @@
 namespace {
 
 constexpr ptrdiff_t BLOCK = 256;            // keys of a task
-constexpr ptrdiff_t AHEAD_BYTES = 1 << 13;  // of keys or values: how much sooner they are fetched
+constexpr ptrdiff_t AHEAD_BYTES = 1 << 14;  // of keys or values: how much sooner they are fetched
 
 // e^x for x <= 0, to two units in the last place, and 1e-38 where it is less than that; NaN stays NaN.
 inline Lanes exponential(Lanes x) {
@@ -57,7 +57,7 @@ struct Attention {
             const T *rows[RN];
             Lanes sum[RN][RM] = {};
             UNROLL for (int n = 0; n < RN; n++) rows[n] = keys + columns[s + n] * k_key;
-            dots<RM, RN, true, T>(q, padded_d, [&](int n) { return rows[n]; }, 0, D, D, AHEAD_BYTES / (D * (ptrdiff_t)sizeof(T)) * k_key, sum);
+            dots<RM, RN, SECOND, T>(q, padded_d, [&](int n) { return rows[n]; }, 0, D, D, AHEAD_BYTES / (D * (ptrdiff_t)sizeof(T)) * k_key, sum);
             float total[RN * RM];
             totals<RN * RM>(sum[0], total);
             UNROLL for (int n = 0; n < RN; n++) UNROLL for (int m = 0; m < RM; m++) scores[m * BLOCK + s + n] = total[n * RM + m];
@@ -67,17 +67,21 @@ struct Attention {
 
     // Scores to their exponentials, and what is left of them: scores[count..] is 0 up to a whole vector.
     void soften(float *scores, ptrdiff_t count, float *to) const {
-        float most = -std::numeric_limits<float>::infinity();
-        for (ptrdiff_t s = 0; s < count; s++) {
-            scores[s] *= scale;
-            if (softcap) scores[s] = softcap * std::tanh(scores[s] / softcap);
-            most = scores[s] > most ? scores[s] : most;
+        constexpr float least = -std::numeric_limits<float>::infinity();
+        for (ptrdiff_t s = count; s % LANES; s++) scores[s] = least;
+        Lanes highest = Lanes{} + least;
+        for (ptrdiff_t s = 0; s < count; s += LANES) {
+            Lanes x = *(Lanes *)(scores + s) * scale;
+            if (softcap)
+                for (ptrdiff_t i = 0; i < LANES; i++) x[i] = softcap * std::tanh(x[i] / softcap);
+            *(Lanes *)(scores + s) = x;
+            highest = x > highest ? x : highest;
         }
-        for (ptrdiff_t s = count; s % LANES; s++) scores[s] = most;
+        float most = least;
+        for (ptrdiff_t i = 0; i < LANES; i++) most = highest[i] > most ? highest[i] : most;
         Lanes sum[1] = {};
         for (ptrdiff_t s = 0; s < count; s += LANES) {
-            Lanes p = exponential(*(Lanes *)(scores + s) - most);
-            *(Lanes *)(scores + s) = p;
+            *(Lanes *)(scores + s) = exponential(*(Lanes *)(scores + s) - most);
             if (s + LANES > count)
                 for (ptrdiff_t rest = count; rest < s + LANES; rest++) scores[rest] = 0;
             sum[0] += *(Lanes *)(scores + s);
@@ -97,7 +101,7 @@ struct Attention {
             if (rest) memcpy(filled, row, (size_t)rest * sizeof *row);
             UNROLL for (int i = 0; i < PAIRS; i++) {
                 Pair value = widen(rest ? filled : row + i * STEP);
-                if (!rest) fetch(row + AHEAD_BYTES / (E * (ptrdiff_t)sizeof(T)) * v_key + i * STEP);
+                if (!rest) fetch<SECOND>(row + AHEAD_BYTES / (E * (ptrdiff_t)sizeof(T)) * v_key + i * STEP);
                 hold(value);
                 UNROLL for (int m = 0; m < RM; m++) {
                     const Lanes p = scores[m * BLOCK + s] - Lanes{};  // in all lanes

@@ -35,9 +35,10 @@ def attend(
     """q (B, T, H, d), k (B, S, G, d) and v (B, S, G, e) with H a multiple of G -> (B, T, H, e); 0 at padding of long
     rows.
 
-    On a CPU one query a row, as in decoding, has a kernel of its own. One document a row takes one causal call, as do packed documents of long rows, one by one; those of short rows
-    become rows of their own on a CPU, where that is less work. All else needs a mask, made once a forward pass; for
-    long rows it is made of blocks, so that none of T x S is ever held. Soft caps and sinks write the scores out.
+    One query a row, as in decoding, has a kernel of its own on a CPU. One document a row takes one causal call, as do
+    packed documents of long rows, one by one; those of short rows become rows of their own on a CPU, where that is less
+    work. All else needs a mask, made once a forward pass; for long rows it is made of blocks, so that none of T x S is
+    ever held. Soft caps and sinks write the scores out.
     """
     if slopes is None and suits(q, k, v):
         seen = layout.mask(window)[:, 0, 0].expand(len(q), -1)
