@@ -5,8 +5,8 @@ Zen 5, where oneDNN, which torch has beside it, takes AVX-512: 250 (benchmarks/m
 oneDNN may round what it reads to bfloat16; on a processor without matrix units for bfloat16 oneDNN then computes in
 float32 all the same. So a process asks once whether products stay exact and whether they are faster, and lets torch go
 there for linear layers' products and the loss's, and for nothing else: what many small products of attention would lose
-by it is more than what the large ones gain. Nor for experts' rows, whose number is new in every step: compiling for
-each takes longer than what it saves (a whole run 15.7 samples/s instead of 18.4, benchmarks/end_to_end.py).
+by it is more than what the large ones gain. Experts' rows, whose number is new in every step, are filled up to one of
+few first (mm.decoder.ffn.products): compiling for each would take longer than what it saves.
 """
 
 from __future__ import annotations
@@ -46,18 +46,18 @@ def _suits(x: Tensor, weight: Tensor) -> bool:
 
 
 @contextmanager
-def onednn(x: Tensor, multiplications: int) -> Iterator[None]:
+def onednn_if(x: Tensor, multiplications: int) -> Iterator[None]:
     """While it lasts, torch's products with x's device and dtype go to oneDNN if each of them is of so many that they
     gain by it; as many as there are numbers in x times the other matrix's outer size."""
     if multiplications >= LEAST and x.is_cpu and x.dtype == torch.float32 and is_faster():
-        with _onednn():
+        with onednn():
             yield
     else:
         yield
 
 
 @contextmanager
-def _onednn() -> Iterator[None]:
+def onednn() -> Iterator[None]:
     """Whatever the user has set is there again afterwards, and stays where it says more than torch's default."""
     before = SETTING.fp32_precision
     if before not in ("none", "ieee"):
@@ -68,6 +68,12 @@ def _onednn() -> Iterator[None]:
         yield
     finally:
         SETTING.fp32_precision = before
+
+
+@cache
+def takes_bfloat16() -> bool:
+    """Whether torch sends bfloat16 products to oneDNN by itself."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 @cache
@@ -89,7 +95,7 @@ def is_faster() -> bool:
             def product() -> Tensor:
                 return a @ b
 
-            with _onednn():
+            with onednn():
                 if not torch.allclose(product().double(), exact, atol=1e-3, rtol=0):  # in bfloat16 it is .4 off
                     return False
                 quick = _seconds(product)
@@ -113,7 +119,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        with _onednn():
+        with onednn():
             return F.linear(x, weight, bias)
 
     @staticmethod
@@ -121,7 +127,7 @@ class _Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         rows = grad.reshape(-1, grad.shape[-1])
         grad_x = grad_weight = grad_bias = None
-        with _onednn():
+        with onednn():
             if ctx.needs_input_grad[0]:
                 grad_x = (rows @ weight).view(x.shape)
             if ctx.needs_input_grad[1]:

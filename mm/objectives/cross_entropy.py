@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mm.decoder.embedding import Head, Projection
-from mm.decoder.many_rows import onednn
+from mm.decoder.many_rows import onednn_if
 from mm.decoder.reused import empty
 
 # Logits held at a time, in float32; their gradient takes their place. As many as caches hold, but not so few rows that
@@ -63,7 +63,7 @@ class _CrossEntropy(torch.autograd.Function):
         right = torch.zeros((), dtype=torch.long, device=hidden.device)
         rows = max(LEAST_ROWS, CHUNK["cpu" if hidden.is_cpu else "cuda"] // len(weight))
         products = min(rows, len(labels)) * weight.numel()
-        with torch.autocast(hidden.device.type, enabled=False), onednn(hidden, products):
+        with torch.autocast(hidden.device.type, enabled=False), onednn_if(hidden, products):
             for start in range(0, len(labels), rows):
                 part, label = hidden[start : start + rows], labels[start : start + rows]
                 term, count, grad = _chunk(part, weight, bias, label, options, wants_any)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mm.decoder import many_rows as module
 from mm.decoder.few_rows import Linear
-from mm.decoder.many_rows import LEAST, SETTING, linear, onednn
+from mm.decoder.many_rows import LEAST, SETTING, linear, onednn_if
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def as_before() -> Iterator[None]:
 def rounds() -> bool:
     """Whether this processor's oneDNN rounds to bfloat16 where it may; then nothing here would be exact."""
     a, b = torch.randn(2, 256, 256, dtype=torch.float64)
-    with module._onednn():
+    with module.onednn():
         return not torch.allclose((a.float() @ b.float()).double(), a @ b, atol=1e-3, rtol=0)
 
 
@@ -92,7 +92,7 @@ def test_gradients_of_gradients() -> None:
 def test_the_setting_lasts_for_the_product_alone_even_if_it_fails() -> None:
     with pytest.raises(RuntimeError):
         linear(torch.randn(4, 5), torch.randn(4, 6))
-    with onednn(torch.randn(4, 5), LEAST):
+    with onednn_if(torch.randn(4, 5), LEAST):
         assert SETTING.fp32_precision == "bf16"
     assert SETTING.fp32_precision != "bf16" and torch.get_float32_matmul_precision() == "highest"
 
@@ -101,7 +101,7 @@ def test_the_setting_lasts_for_the_product_alone_even_if_it_fails() -> None:
 def test_what_the_user_has_set_stays() -> None:
     torch.set_float32_matmul_precision("high")
     try:
-        with onednn(torch.randn(4, 5), LEAST):
+        with onednn_if(torch.randn(4, 5), LEAST):
             assert SETTING.fp32_precision == "tf32"
         assert torch.get_float32_matmul_precision() == "high"
     finally:
@@ -111,7 +111,7 @@ def test_what_the_user_has_set_stays() -> None:
 @pytest.mark.parametrize("tensor", [torch.randn(4, 5).bfloat16(), torch.randn(4, 5).double()])
 @pytest.mark.usefixtures("faster")
 def test_other_dtypes_go_where_torch_sends_them(tensor: Tensor) -> None:
-    with onednn(tensor, LEAST):
+    with onednn_if(tensor, LEAST):
         assert SETTING.fp32_precision != "bf16"
     weight = torch.randn(3, 5).to(tensor.dtype).requires_grad_()
     assert type(linear(tensor, weight).grad_fn).__name__ != "_LinearBackward"

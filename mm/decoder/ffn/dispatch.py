@@ -3,13 +3,13 @@
 A dispatch says what the products of rows grouped by expert are; all else is the same for each. `slices` makes one
 product an expert and asks the host how many rows each has; `grouped` makes one for all, and asks nothing.
 
-Shape legend: `S` tokens, `K` experts each, `R` rows grouped by expert (at most S*K), `E` experts, `D` width, `F` expert
-hidden width, `I` = 2F for gated experts, else F; a product's weight is (E, N, M): M numbers in, N out.
+Shape legend: `S` tokens, `K` experts each, `R` rows grouped by expert, `E` experts, `D` width, `F` expert hidden width,
+`I` = 2F for gated experts, else F.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mm.decoder.ffn.activations import Activation
+from mm.decoder.ffn.products import Grouped, Products, Slices
 from mm.decoder.reused import empty
 
 Dispatch = Literal["auto", "slices", "grouped"]
@@ -27,34 +28,6 @@ def check(how: Dispatch) -> None:
     """Raises ValueError for what is none of `Dispatch`."""
     if how not in get_args(Dispatch):
         raise ValueError(f"dispatch must be one of {', '.join(get_args(Dispatch))}, got {how!r}")
-
-
-class Products(Protocol):
-    """`places` (S*K,) sorted: each row's expert, E where it is sent to none; those rows come last and mean nothing."""
-
-    rows: int  # how many rows there are buffers for
-
-    def __init__(self, places: Tensor, experts: int) -> None: ...
-
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """x (R, M) -> (R, N): each row with its own expert's weight."""
-        ...
-
-    def transposed(self, grad: Tensor, weight: Tensor) -> Tensor:
-        """grad (R, N) -> (R, M)."""
-        ...
-
-    def outer(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-        """grad (R, N), x (R, M) -> (E, N, M): the gradient of `weight`."""
-        ...
-
-    def sums(self, grad: Tensor, bias: Tensor) -> Tensor:
-        """grad (R, N) -> (E, N): the gradient of `bias`."""
-        ...
-
-    def clear(self, x: Tensor) -> Tensor:
-        """The same (R, ...), zero in rows that mean nothing."""
-        ...
 
 
 def run(
@@ -73,9 +46,9 @@ def run(
 
     All but indices and taken in one dtype. Raises ValueError where `how` is grouped and cannot be.
     """
-    products = Grouped if groups(how, x.device, x.dtype, first, down) else Slices
+    kind = Grouped if groups(how, x.device, x.dtype, first, down) else Slices
     return _Dispatch.apply(  # type: ignore[no-any-return]
-        x, first, first_bias, down, down_bias, weights, indices, taken, activation, products
+        x, first, first_bias, down, down_bias, weights, indices, taken, activation, kind
     )
 
 
@@ -102,79 +75,6 @@ def _on_the_device(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-class Slices:
-    """One product an expert, on its own contiguous rows: experts without a row cost nothing."""
-
-    def __init__(self, places: Tensor, experts: int) -> None:
-        ends = _ends(places, experts).tolist()
-        self.rows = ends[-1]
-        counts = [end - start for start, end in zip([0, *ends], ends, strict=False)]
-        self.busy = [expert for expert, count in enumerate(counts) if count]
-        self.idle = [expert for expert, count in enumerate(counts) if not count]
-        self.counts = [counts[expert] for expert in self.busy]
-
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        out = empty(x, len(x), weight.shape[1])
-        for expert, given, made in zip(self.busy, x.split(self.counts), out.split(self.counts), strict=True):
-            if bias is None:
-                torch.mm(given, weight[expert].t(), out=made)
-            else:
-                torch.addmm(bias[expert], given, weight[expert].t(), out=made)
-        return out
-
-    def transposed(self, grad: Tensor, weight: Tensor) -> Tensor:
-        out = empty(grad, len(grad), weight.shape[2])
-        for expert, given, made in zip(self.busy, grad.split(self.counts), out.split(self.counts), strict=True):
-            torch.mm(given, weight[expert], out=made)
-        return out
-
-    def outer(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-        out = empty(grad, *weight.shape)
-        for expert, left, right in zip(self.busy, grad.split(self.counts), x.split(self.counts), strict=True):
-            torch.mm(left.t(), right, out=out[expert])
-        return self._zero(out)
-
-    def sums(self, grad: Tensor, bias: Tensor) -> Tensor:
-        out = torch.empty_like(bias)
-        for expert, given in zip(self.busy, grad.split(self.counts), strict=True):
-            torch.sum(given, 0, out=out[expert])
-        return self._zero(out)
-
-    def clear(self, x: Tensor) -> Tensor:
-        return x
-
-    def _zero(self, out: Tensor) -> Tensor:
-        for expert in self.idle:
-            out[expert].zero_()
-        return out
-
-
-class Grouped:
-    """One product for all experts (torch's grouped_mm), which reads on the device how many rows each has."""
-
-    def __init__(self, places: Tensor, experts: int) -> None:
-        self.places, self.ends = places, _ends(places, experts).int()
-        self.rows = len(places)
-
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        out = F.grouped_mm(x, weight.transpose(1, 2), offs=self.ends)
-        return out if bias is None else out + torch.cat([bias, bias.new_zeros(1, len(bias[0]))])[self.places]
-
-    def transposed(self, grad: Tensor, weight: Tensor) -> Tensor:
-        return F.grouped_mm(grad, weight, offs=self.ends)
-
-    def outer(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-        return F.grouped_mm(grad.t(), x, offs=self.ends)
-
-    def sums(self, grad: Tensor, bias: Tensor) -> Tensor:
-        out = bias.new_zeros(len(bias) + 1, *bias.shape[1:], dtype=torch.float32)
-        return out.index_add_(0, self.places, grad.float())[:-1].to(bias.dtype)
-
-    def clear(self, x: Tensor) -> Tensor:
-        # Not in place: what recomputation keeps of a product must stay as it was.
-        return x.masked_fill((self.places == len(self.ends)).unsqueeze(1), 0.0)
-
-
 class _Dispatch(torch.autograd.Function):
     """What the backward pass needs is kept once, grouped by expert, and its gradients are made in its place."""
 
@@ -195,18 +95,18 @@ class _Dispatch(torch.autograd.Function):
         tokens, chosen = indices.shape
         places = torch.where(taken, indices, len(first)).reshape(-1)  # what is not taken goes past the last expert
         places, order = places.sort(stable=True)
-        products = kind(places, len(first))
-        back = torch.empty_like(order)  # where each (token, choice) went
-        back[order] = torch.arange(len(order), device=order.device)
-        order = order[: products.rows]
-        rows = _rows(x, order // chosen)
+        products = kind(places, first, down)
+        order = order[: products.taken]
+        back = torch.full_like(places, products.rows)  # where each (token, choice) went; past the last row if nowhere
+        back[order] = torch.arange(len(order), device=order.device) if products.spots is None else products.spots
+        rows = _grouped(x, order // chosen, products)
         before = products.linear(rows, first, first_bias)
         inner = empty(before, len(before), down.shape[2])
         activation.forward(before, inner)
         out = products.clear(products.linear(inner, down, down_bias))
         ctx.save_for_backward(rows, before, inner, out, first, first_bias, down, down_bias, weights, order, back)
         ctx.products, ctx.activation = products, activation
-        return _sums(out, back.view(tokens, chosen), weights)
+        return _sums(out, back.view(tokens, chosen), weights, products)
 
     @staticmethod
     @once_differentiable
@@ -214,10 +114,10 @@ class _Dispatch(torch.autograd.Function):
         rows, before, inner, out, first, first_bias, down, down_bias, weights, order, back = ctx.saved_tensors
         products, (tokens, chosen) = ctx.products, weights.shape
         wants_x, wants_first, wants_first_bias, wants_down, wants_down_bias = ctx.needs_input_grad[:5]
-        grad_out = _rows(grad, order // chosen)
-        grad_weights = weights.new_zeros(weights.numel())
-        grad_weights[order] = torch.linalg.vecdot(out, grad_out)
-        grad_out.mul_(weights.reshape(-1).index_select(0, order).unsqueeze(1))
+        grad_out = _grouped(grad, order // chosen, products)
+        grad_weights, by_row = weights.new_zeros(weights.numel()), torch.linalg.vecdot(out, grad_out)
+        grad_weights[order] = by_row if products.spots is None else by_row[products.spots]
+        grad_out.mul_(_grouped(weights.reshape(-1, 1), order, products))
         # Frozen experts cost no product.
         grad_down = products.outer(grad_out, inner, down) if wants_down else None
         grad_down_bias = products.sums(grad_out, down_bias) if wants_down_bias else None
@@ -228,27 +128,27 @@ class _Dispatch(torch.autograd.Function):
         grad_x = None
         if wants_x:
             per_row = products.clear(products.transposed(grad_before, first))
-            grad_x = _sums(per_row, back.view(tokens, chosen), None)
+            grad_x = _sums(per_row, back.view(tokens, chosen), None, products)
         return (
             grad_x, grad_first, grad_first_bias, grad_down, grad_down_bias, grad_weights.view_as(weights), *[None] * 4
         )  # fmt: skip
 
 
-def _ends(places: Tensor, experts: int) -> Tensor:
-    """places sorted -> (E,) where each expert's rows end."""
-    return torch.searchsorted(places, torch.arange(experts, device=places.device), right=True)
-
-
-def _sums(rows: Tensor, back: Tensor, weights: Tensor | None) -> Tensor:
+def _sums(rows: Tensor, back: Tensor, weights: Tensor | None, products: Products) -> Tensor:
     """rows (R, D), back and weights (S, K) -> (S, D): of each token the sum of its rows times their weights (None: 1);
     0 for what `back` points to past the last row."""
-    if len(rows) < back.numel():  # not every choice has a row
-        rows, back = torch.cat([rows, rows.new_zeros(1, rows.shape[1])]), back.clamp(max=len(rows))
+    if products.taken < back.numel():  # not every choice has a row
+        rows = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
     if rows.is_cpu:  # in one pass, summed in float32
         return F.embedding_bag(back, rows, mode="sum", per_sample_weights=weights)
     taken = rows.index_select(0, back.reshape(-1)).view(*back.shape, -1)
     return taken.sum(1) if weights is None else torch.bmm(weights.unsqueeze(1), taken).squeeze(1)
 
 
-def _rows(x: Tensor, index: Tensor) -> Tensor:
-    return torch.index_select(x, 0, index, out=empty(x, len(index), x.shape[1]))
+def _grouped(x: Tensor, index: Tensor, products: Products) -> Tensor:
+    """Row index[i] of x (S, D), as the i-th choice's row of (R, D); 0 in gaps."""
+    if products.spots is None or products.gaps is None:
+        return torch.index_select(x, 0, index, out=empty(x, len(index), x.shape[1]))
+    where = index.new_zeros(products.rows).index_copy_(0, products.spots, index)
+    out = torch.index_select(x, 0, where, out=empty(x, len(where), x.shape[1]))
+    return out.index_fill_(0, products.gaps, 0.0)
