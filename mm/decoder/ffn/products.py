@@ -16,9 +16,9 @@ from torch import Tensor
 from mm.decoder import many_rows
 from mm.decoder.reused import empty
 
-# For oneDNN an expert's rows are filled up to a multiple of ROWS at least, if there are LEAST_ROWS on average: of fewer
-# too many would be empty, in bfloat16 for what it saves to compile for fewer numbers. In float32 it is the faster one if
-# an expert's smaller product takes LEAST multiplications on average.
+# For oneDNN an expert's rows are filled up to a multiple of ROWS at least, if there are LEAST_ROWS on average; of fewer
+# too many would be empty, in bfloat16 for what it saves to compile for fewer numbers. In float32 it is faster if an
+# expert's smaller product takes LEAST multiplications on average.
 ROWS = 16
 LEAST_ROWS = {torch.float32: 32, torch.bfloat16: 128}
 LEAST = 1 << 21
