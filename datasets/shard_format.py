@@ -14,6 +14,7 @@ import re
 import tarfile
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
@@ -240,10 +241,15 @@ def _json(files: dict[str, bytes], name: str, where: str) -> Any:
         raise ValueError(f"{where}: member {name!r} is not JSON") from None
 
 
+@lru_cache(1024)  # few names are many samples' (0.jpg), and parsing a path is a tenth of reading a sample
+def _kind_of(file: str) -> str | None:
+    return SUFFIXES.get(PurePath(f"x.{file}").suffix.lower())
+
+
 def _medium(item: Any, index: int, key: str, files: dict[str, bytes], where: str) -> Media:
     try:
         kind, name, file = item["kind"], item["name"], item["file"]
-        known = kind in KINDS and isinstance(name, str) and SUFFIXES.get(PurePath(f"x.{file}").suffix.lower()) == kind
+        known = kind in KINDS and isinstance(name, str) and _kind_of(str(file)) == kind
     except (TypeError, KeyError):
         known, kind, name, file = False, item, item, item
     if not known:
