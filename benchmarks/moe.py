@@ -3,9 +3,11 @@
     OMP_NUM_THREADS=1 python benchmarks/moe.py --clock cpu
 
 The dense layer is a SwiGLU of the active width: as many FLOPs a token, and no routing; the share of its rate is what
-dispatch leaves. Values and gradients are compared with transformers' eager loop before anything is timed: of tokens
-that both send to the same experts, which in bfloat16, where the last of the chosen is often nearly as good as the
-next, must be 97 of 100. Memory is what a layer keeps between its forward and its backward pass, beside its weights.
+dispatch leaves. With `--moving` each call gets other tokens, as in training: experts then have other numbers of rows
+each time, which oneDNN may have to compile for. Values and gradients are compared with transformers' eager loop before
+anything is timed: of tokens that both send to the same experts, which in bfloat16, where the last of the chosen is
+often nearly as good as the next, must be 97 of 100. Memory is what a layer keeps between its forward and its backward
+pass, beside its weights.
 """
 
 from __future__ import annotations
@@ -64,6 +66,18 @@ def forward(layer: nn.Module, x: Tensor) -> Tensor:
     return layer(x)
 
 
+class Moving:
+    """(1, T, width) each time it is called, eight rows further on among more than there are calls."""
+
+    def __init__(self, tokens: int, dtype: torch.dtype) -> None:
+        self.tokens, self.start = tokens, 0
+        self.all = torch.randn(1, tokens + 4096, WIDTH, dtype=dtype)
+
+    def __call__(self) -> Tensor:
+        self.start = (self.start + 8) % 4096
+        return self.all[:, self.start : self.start + self.tokens]
+
+
 def run(layer: nn.Module, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     """The layer's output and its input's gradient; gradients of weights are thrown away, as an optimizer would."""
     x = x.clone().requires_grad_()
@@ -73,6 +87,10 @@ def run(layer: nn.Module, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
         parameter.grad = None
     assert x.grad is not None
     return out.detach(), x.grad
+
+
+def run_next(layer: nn.Module, moving: Moving, grad: Tensor) -> tuple[Tensor, Tensor]:
+    return run(layer, moving(), grad)
 
 
 @torch.no_grad()
@@ -100,7 +118,9 @@ def kept(layer: nn.Module, x: Tensor) -> int:
 
 
 def main() -> int:
-    bench = Bench(__doc__)
+    bench = Bench(
+        __doc__, lambda parser: parser.add_argument("--moving", action="store_true", help="other tokens in each call")
+    )
     cases = [case for case in CASES if case[3] == torch.float32 or has_bfloat16()]
     if len(cases) < len(CASES):
         bench.note("this processor has no bfloat16: the cases in it are left out")
@@ -119,6 +139,8 @@ def main() -> int:
         for found, wanted in zip(calls["mm"](), calls["transformers eager"](), strict=True):
             tolerance = 1e-4 if dtype == torch.float32 else 0.05  # of their largest; sums are in another order
             torch.testing.assert_close(found[same], wanted[same], rtol=0, atol=tolerance * float(wanted.abs().max()))
+        if bench.args.moving:
+            calls = {name: partial(run_next, layer, Moving(tokens, dtype), grad) for name, layer in layers.items()}
         slow = {"transformers eager": calls.pop("transformers eager")}
         seconds = bench.times(calls)
         if eager is not None:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 # Multiplications: oneDNN compiles for each new shape, which takes as long as what it saves of half as many.
 LEAST = 1 << 25
+LEAST_AGAIN = 1 << 22  # of a shape that comes again in every step: what they gain must outweigh what a call costs
 SETTING: Any = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue] (torch makes it as it starts)
 GAIN = 1.5  # times as fast, or the choice would hang on the noise of a moment
 
@@ -46,10 +47,10 @@ def _suits(x: Tensor, weight: Tensor) -> bool:
 
 
 @contextmanager
-def onednn_if(x: Tensor, multiplications: int) -> Iterator[None]:
+def onednn_if(x: Tensor, multiplications: int, least: int = LEAST) -> Iterator[None]:
     """While it lasts, torch's products with x's device and dtype go to oneDNN if each of them is of so many that they
-    gain by it; as many as there are numbers in x times the other matrix's outer size."""
-    if multiplications >= LEAST and x.is_cpu and x.dtype == torch.float32 and is_faster():
+    gain by it, `least`; as many as there are numbers in x times the other matrix's outer size."""
+    if multiplications >= least and x.is_cpu and x.dtype == torch.float32 and is_faster():
         with onednn():
             yield
     else:

@@ -16,6 +16,7 @@ from torch.optim import AdamW, Optimizer
 
 from mm.decoder.decoder import Decoder
 from mm.decoder.ffn.experts import Experts
+from mm.decoder.many_rows import LEAST_AGAIN, onednn_if
 from mm.model import EmbeddingHead
 
 # Polar Express (Amsel et al. 2025, arXiv 2505.16932): step i is a x + b (x x^T) x + c (x x^T)^2 x. Five of them bring
@@ -107,10 +108,11 @@ def orthogonal(x: Tensor) -> Tensor:
     """(N, R, C), R <= C -> near U V^T of each x = U S V^T, in x's dtype; zero where x is zero."""
     dtype = torch.bfloat16 if x.is_cuda else torch.float32
     y = (x / (x.norm(dim=(1, 2), keepdim=True) * 1.01 + 1e-7)).to(dtype)
-    for a, b, c in COEFFICIENTS:
-        square = y @ y.mT
-        square = torch.baddbmm(square, square, square, beta=b, alpha=c)
-        y = torch.baddbmm(y, square, y, beta=a)
+    with onednn_if(y, y.numel() * y.shape[1], LEAST_AGAIN):
+        for a, b, c in COEFFICIENTS:
+            square = y @ y.mT
+            square = torch.baddbmm(square, square, square, beta=b, alpha=c)
+            y = torch.baddbmm(y, square, y, beta=a)
     return y.to(x.dtype)
 
 
