@@ -50,6 +50,9 @@ struct Attention {
     // What a task leaves of each of its R queries: the maximum, the sum, and the sum of values in `widen`'s order.
     ptrdiff_t left() const { return padded_e + 2 * LANES; }
 
+    // Keys or values, of so many numbers each, that come before what is fetched now.
+    static ptrdiff_t ahead(ptrdiff_t numbers) { return AHEAD_BYTES / (numbers * (ptrdiff_t)sizeof(T)); }
+
     template <int RM, int RN>
     ptrdiff_t score(const float *q, const T *keys, const ptrdiff_t *columns, ptrdiff_t s, ptrdiff_t count,
                     float *scores) const {
@@ -57,10 +60,11 @@ struct Attention {
             const T *rows[RN];
             Lanes sum[RN][RM] = {};
             UNROLL for (int n = 0; n < RN; n++) rows[n] = keys + columns[s + n] * k_key;
-            dots<RM, RN, SECOND, T>(q, padded_d, [&](int n) { return rows[n]; }, 0, D, D, AHEAD_BYTES / (D * (ptrdiff_t)sizeof(T)) * k_key, sum);
+            dots<RM, RN, SECOND, T>(q, padded_d, [&](int n) { return rows[n]; }, 0, D, D, ahead(D) * k_key, sum);
             float total[RN * RM];
             totals<RN * RM>(sum[0], total);
-            UNROLL for (int n = 0; n < RN; n++) UNROLL for (int m = 0; m < RM; m++) scores[m * BLOCK + s + n] = total[n * RM + m];
+            UNROLL for (int n = 0; n < RN; n++)
+                UNROLL for (int m = 0; m < RM; m++) scores[m * BLOCK + s + n] = total[n * RM + m];
         }
         return s;
     }
@@ -90,18 +94,18 @@ struct Attention {
         totals<1>(sum, to + 1);
     }
 
-    // RM queries' sums of PAIRS * STEP numbers of the values; `rest` says how many are there if they are fewer.
-    template <int RM, int PAIRS>
+    // RM queries' sums of PAIRS * STEP numbers of the values; of the last ones, if not WHOLE, only `rest` are there.
+    template <int RM, int PAIRS, bool WHOLE>
     void weigh(const float *scores, const T *values, const ptrdiff_t *columns, ptrdiff_t count, ptrdiff_t rest,
                float *to) const {
         Pair sum[RM][PAIRS] = {};
+        T filled[STEP] = {};
         for (ptrdiff_t s = 0; s < count; s++) {
             const T *row = values + columns[s] * v_key;
-            T filled[STEP] = {};
-            if (rest) memcpy(filled, row, (size_t)rest * sizeof *row);
+            if (!WHOLE) memcpy(filled, row, (size_t)rest * sizeof *row);
             UNROLL for (int i = 0; i < PAIRS; i++) {
-                Pair value = widen(rest ? filled : row + i * STEP);
-                if (!rest) fetch<SECOND>(row + AHEAD_BYTES / (E * (ptrdiff_t)sizeof(T)) * v_key + i * STEP);
+                Pair value = widen(WHOLE ? row + i * STEP : filled);
+                if (WHOLE) fetch<SECOND>(row + ahead(E) * v_key + i * STEP);
                 hold(value);
                 UNROLL for (int m = 0; m < RM; m++) {
                     const Lanes p = scores[m * BLOCK + s] - Lanes{};  // in all lanes
@@ -128,15 +132,16 @@ struct Attention {
             for (int m = 0; m < RM; m++) soften(scores + m * BLOCK, count, result + m * left() + padded_e);
             ptrdiff_t e = 0;
             for (; e + PAIRS * STEP <= E; e += PAIRS * STEP)
-                weigh<RM, PAIRS>(scores, values + e, columns, count, 0, result + e);
-            for (; e + STEP <= E; e += STEP) weigh<RM, 1>(scores, values + e, columns, count, 0, result + e);
-            if (e < E) weigh<RM, 1>(scores, values + e, columns, count, E - e, result + e);
+                weigh<RM, PAIRS, true>(scores, values + e, columns, count, 0, result + e);
+            for (; e + STEP <= E; e += STEP) weigh<RM, 1, true>(scores, values + e, columns, count, 0, result + e);
+            if (e < E) weigh<RM, 1, false>(scores, values + e, columns, count, E - e, result + e);
         }
         return r;
     }
 
     // The keys `columns` of a row and a key/value head, with its R queries.
-    void task(ptrdiff_t row, ptrdiff_t head, ptrdiff_t heads, const ptrdiff_t *columns, ptrdiff_t count, float *to) const {
+    void task(ptrdiff_t row, ptrdiff_t head, ptrdiff_t heads, const ptrdiff_t *columns, ptrdiff_t count,
+              float *to) const {
         alignas(64) float scores[8 * BLOCK];
         const float *mine = q + (row * heads + head) * R * padded_d;
         const T *keys = k + row * k_row + head * k_head, *values = v + row * v_row + head * v_head;
@@ -161,7 +166,7 @@ void attend(const Tensor &q, const Tensor &k, const Tensor &v, const bool *seen,
     std::vector<Line> laid((size_t)(B * H * padded_d * (ptrdiff_t)sizeof(float)) / sizeof(Line));
     float *queries = laid.data()->x;
     for (ptrdiff_t i = 0; i < B * H; i++) lay_out((const T *)q.const_data_ptr() + i * D, queries + i * padded_d, D);
-    std::vector<ptrdiff_t> columns, first = {0};
+    std::vector<ptrdiff_t> columns;
     std::vector<Task> tasks;
     std::vector<ptrdiff_t> tasks_of = {0};  // of each row, and where they begin
     columns.reserve((size_t)(seen ? B * S : S));
@@ -172,7 +177,8 @@ void attend(const Tensor &q, const Tensor &k, const Tensor &v, const bool *seen,
                 if (!seen || seen[b * S + s]) columns.push_back(s);
         const ptrdiff_t end = (ptrdiff_t)columns.size();
         for (ptrdiff_t g = 0; g < G; g++)
-            for (ptrdiff_t c = begin; c < end; c += BLOCK) tasks.push_back({b, g, c, end - c < BLOCK ? end - c : BLOCK});
+            for (ptrdiff_t c = begin; c < end; c += BLOCK)
+                tasks.push_back({b, g, c, end - c < BLOCK ? end - c : BLOCK});
         tasks_of.push_back((ptrdiff_t)tasks.size());
     }
     const Attention<T> a = {(const T *)k.const_data_ptr(), (const T *)v.const_data_ptr(), k.stride(0), k.stride(1),
@@ -217,9 +223,9 @@ Tensor one_query(Tensor q, Tensor k, Tensor v, std::optional<Tensor> seen, doubl
                  std::optional<Tensor> sinks) {
     using torch::headeronly::ScalarType;
     const ScalarType dtype = q.scalar_type();
-    const bool shapes = q.dim() == 3 && k.dim() == 4 && v.dim() == 4 && k.size(0) == q.size(0) && v.size(0) == q.size(0) &&
-                        k.size(1) == v.size(1) && k.size(2) == v.size(2) && k.size(3) == q.size(2) && k.size(2) &&
-                        q.size(1) % k.size(2) == 0;
+    const bool shapes = q.dim() == 3 && k.dim() == 4 && v.dim() == 4 && k.size(0) == q.size(0) &&
+                        v.size(0) == q.size(0) && k.size(1) == v.size(1) && k.size(2) == v.size(2) && k.size(2) &&
+                        q.size(1) % k.size(2) == 0 && k.size(3) == q.size(2) && k.size(3) && v.size(3);
     const bool kinds = k.scalar_type() == dtype && v.scalar_type() == dtype &&
                        (dtype == ScalarType::Float || dtype == ScalarType::BFloat16);
     STD_TORCH_CHECK(shapes && kinds && k.stride(3) == 1 && v.stride(3) == 1,
