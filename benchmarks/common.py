@@ -150,6 +150,17 @@ class Bench:
         return int(any(row.verdict == "MISSED" for row in self.rows))
 
 
+def in_turn(ways: Mapping[str, Callable[[], object]]) -> dict[str, float]:
+    """CPU seconds of each, medians of seven rounds after one that compiles."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(8):
+        for name, work in ways.items():
+            start = time.process_time()
+            work()
+            seconds[name].append(time.process_time() - start)
+    return {name: statistics.median(times[1:]) for name, times in seconds.items()}
+
+
 def spread(values: Sequence[float]) -> float:
     """The distance between the quartiles, as a share of the median."""
     if len(values) < 3:

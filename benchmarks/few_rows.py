@@ -9,12 +9,11 @@ fast as torch's with 1, 2, 4 and 8 rows.
 
 from __future__ import annotations
 
-import statistics
 import sys
-import time
 
 import torch
 import torch.nn.functional as F
+from common import in_turn
 
 from mm.decoder.few_rows import MOST_ROWS, few_rows
 
@@ -36,13 +35,7 @@ def main() -> int:
                 "torch": lambda x=x, weights=weights: [F.linear(x, weight) for weight in weights],
                 "mm": lambda x=x, weights=weights: [few_rows(x, weight) for weight in weights],
             }
-            seconds: dict[str, list[float]] = {name: [] for name in ways}
-            for _ in range(8):
-                for name, work in ways.items():
-                    start = time.process_time()
-                    work()
-                    seconds[name].append(time.process_time() - start)
-            took = {name: statistics.median(times[1:]) for name, times in seconds.items()}  # the first compiles
+            took = in_turn(ways)
             rate, share = 4e-9 * weights.numel() / took["sum"], {name: took["sum"] / took[name] for name in ways}
             print(
                 f"| {outputs} x {inputs} | {rows} | {rate:.1f} | {share['torch']:.2f} | {share['mm']:.2f} "

@@ -10,12 +10,11 @@ that share a head stand as so many queries of it. Goal: never slower.
 
 from __future__ import annotations
 
-import statistics
 import sys
-import time
 
 import torch
 import torch.nn.functional as F
+from common import in_turn
 
 from mm.decoder.attention.one_query import one_query
 
@@ -48,13 +47,7 @@ def main() -> int:
                 ],
                 "mm": lambda caches=caches, q=q, seen=seen: [one_query(q, k, v, seen, 0.1) for k, v in caches],
             }
-            seconds: dict[str, list[float]] = {name: [] for name in ways}
-            for _ in range(8):
-                for name, work in ways.items():
-                    start = time.process_time()
-                    work()
-                    seconds[name].append(time.process_time() - start)
-            took = {name: statistics.median(times[1:]) for name, times in seconds.items()}  # the first compiles
+            took = in_turn(ways)
             rate = {name: count * size / took[name] / 1e9 for name in ways}
             print(
                 f"| {str(dtype).removeprefix('torch.')} | {rows} x {keys}, {groups} x {shared} x {width} "

@@ -53,6 +53,12 @@ def test_each_row_with_its_own_matrix(dtype: torch.dtype) -> None:
         assert torch.equal(y[row], expected)
 
 
+def test_sums_of_nothing() -> None:
+    for rows in (1, 9):
+        assert torch.equal(few_rows(torch.ones(rows, 0), torch.ones(5, 0)), torch.zeros(rows, 5))
+    assert few_rows(torch.ones(0, 3), torch.ones(5, 3)).shape == (0, 5)
+
+
 def test_without_a_compiler_torch_computes_the_same() -> None:
     x, weight, group = torch.randn(4, 19), torch.randn(3, 7, 19), torch.tensor([2, -1, 0, 2])
     assert torch.equal(module._with_torch(x, weight[0], None), F.linear(x, weight[0]))

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mm.decoder import kernels
+from mm.decoder.attention.written_out import written_out
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -59,21 +60,12 @@ def _first(
 def _with_torch(
     q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scale: float, softcap: float, sinks: Tensor | None
 ) -> Tensor:
-    queries, keys, values = q.unflatten(1, (k.shape[2], -1)), k.transpose(1, 2), v.transpose(1, 2)  # (B, G, H / G, d)
     mask = None if seen is None else seen[:, None, None]
-    if not softcap and sinks is None:
-        return F.scaled_dot_product_attention(queries, keys, values, mask, scale=scale).flatten(1, 2)
-    scores = (queries @ keys.transpose(2, 3)).float() * scale
-    if softcap:
-        scores = softcap * (scores / softcap).tanh()
-    if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
-    if sinks is None:
-        weights = scores.softmax(-1)
-    else:
-        sink = sinks.view(1, k.shape[2], -1, 1).expand(len(q), -1, -1, 1)
-        weights = torch.cat([scores, sink], -1).softmax(-1)[..., :-1]
-    return (weights.to(v.dtype) @ values).flatten(1, 2)
+    if softcap or sinks is not None:
+        return written_out(q[:, None], k, v, mask, None, scale, softcap or None, sinks)[:, 0]
+    queries = q.unflatten(1, (k.shape[2], -1))  # (B, G, H / G, d): a group's heads as queries of the same keys
+    y = F.scaled_dot_product_attention(queries, k.transpose(1, 2), v.transpose(1, 2), mask, scale=scale)
+    return y.flatten(1, 2)
 
 
 kernels.library.define(

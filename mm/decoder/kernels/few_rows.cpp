@@ -129,6 +129,7 @@ Tensor few_rows(Tensor x, Tensor weight, std::optional<Tensor> group) {
     if (!x.is_contiguous()) x = torch::stable::contiguous(x);
     if (group && !group->is_contiguous()) group = torch::stable::contiguous(*group);
     const std::vector<int64_t> shape = {x.size(0), weight.size(-2)};
+    if (!x.size(1)) return torch::stable::new_zeros(x, shape);
     Tensor y = group ? torch::stable::new_zeros(x, shape) : torch::stable::new_empty(x, shape);
     const int64_t *names = group ? (const int64_t *)group->const_data_ptr() : nullptr;
     (dtype == ScalarType::Float ? multiply<float> : multiply<bfloat>)(x, weight, y, names, group ? weight.size(0) : 1);

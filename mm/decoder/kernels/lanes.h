@@ -94,20 +94,21 @@ inline Lanes add(Whole a, Whole b, Lanes c) { return (Lanes)_mm512_dpbf16_ps((__
 // Of COUNT vectors each one's lanes, added together: in every one those 8 apart, then 4, 2 and 1. With rows of a few
 // hundred numbers that takes as long as the products, if it is done for one vector after the other.
 #if defined(__AVX512F__) || defined(__FMA__)
-#if defined(__AVX512F__)
-#define FOLD(name, half, low, high)                                                                 \
-    inline Lanes name(Lanes a, Lanes b) {                                                           \
-        return (Lanes)half((__m512)a, (__m512)b, low) + (Lanes)half((__m512)a, (__m512)b, high);    \
+#ifdef __AVX512F__
+typedef __m512 Wide;
+#else
+typedef __m256 Wide;
+#endif
+#define FOLD(name, half, low, high)                                                                     \
+    inline Lanes name(Lanes a, Lanes b) {                                                               \
+        return (Lanes)half((Wide)a, (Wide)b, low) + (Lanes)half((Wide)a, (Wide)b, high);                \
     }
+#ifdef __AVX512F__
 FOLD(eights, _mm512_shuffle_f32x4, 0x44, 0xee)
 FOLD(fours, _mm512_shuffle_f32x4, 0x88, 0xdd)
 FOLD(twos, _mm512_shuffle_ps, 0x44, 0xee)
 FOLD(ones, _mm512_shuffle_ps, 0x88, 0xdd)
 #else
-#define FOLD(name, half, low, high)                                                                 \
-    inline Lanes name(Lanes a, Lanes b) {                                                           \
-        return (Lanes)half((__m256)a, (__m256)b, low) + (Lanes)half((__m256)a, (__m256)b, high);    \
-    }
 FOLD(fours, _mm256_permute2f128_ps, 0x20, 0x31)
 FOLD(twos, _mm256_shuffle_ps, 0x44, 0xee)
 FOLD(ones, _mm256_shuffle_ps, 0x88, 0xdd)

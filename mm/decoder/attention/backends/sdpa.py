@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from mm.decoder.attention.apart import apart
 from mm.decoder.attention.one_query import one_query, suits
 from mm.decoder.attention.windows import Window
+from mm.decoder.attention.written_out import to_query_heads, written_out
 from mm.decoder.layout import Layout
 
 BLOCK = 512  # queries of a call that needs a mask, which is BLOCK x S, or with a window BLOCK x (BLOCK + window)
@@ -140,7 +141,7 @@ def _masked(
     mask = layout.mask(window)
     bias = None if slopes is None else _bias(layout, slopes)
     if softcap is not None or sinks is not None:
-        return _written_out(q, k, v, mask, bias, scale, softcap, sinks)
+        return written_out(q, k, v, mask, bias, scale, softcap, sinks)
     if bias is not None:
         return _sdpa(q, k, v, bias.masked_fill(~mask, float("-inf")).to(q.dtype), False, scale)
     return _sdpa(q, k, v, mask, False, scale)
@@ -163,7 +164,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, sc
         mask = mask if mask is None or mask.dtype == torch.bool else mask.float()
         with torch.autocast("cpu", enabled=False):
             return _sdpa(q.float(), k.float(), v.float(), mask, causal, scale).to(v.dtype)
-    q, k, v = q.transpose(1, 2), *_to_query_heads(q, k, v)
+    q, k, v = q.transpose(1, 2), *to_query_heads(q, k, v)
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale).transpose(1, 2)
 
 
@@ -171,38 +172,3 @@ def _slow_backward(q: Tensor, k: Tensor) -> bool:
     """Whether torch's backward pass takes several times as long as in float32, as for short rows on a CPU it does."""
     learns = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
     return learns and q.is_cpu and q.dtype == torch.bfloat16 and k.shape[1] < BLOCK
-
-
-def _to_query_heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """k and v as (B, H, S, ...): each key/value head repeated for the query heads that share it."""
-    k, v = k.transpose(1, 2), v.transpose(1, 2)
-    if k.shape[1] == q.shape[2]:
-        return k, v
-    groups = q.shape[2] // k.shape[1]
-    return k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-
-
-def _written_out(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor,
-    bias: Tensor | None,
-    scale: float,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
-    """scores -> cap -> bias and mask -> softmax in float32, a sink in its denominator -> weighted sum."""
-    keys, values = _to_query_heads(q, k, v)
-    scores = (q.transpose(1, 2) @ keys.transpose(2, 3)).float() * scale  # (B, H, T, S)
-    if softcap is not None:
-        scores = softcap * (scores / softcap).tanh()
-    if bias is not None:
-        scores = scores + bias
-    scores = scores.masked_fill(~mask, float("-inf"))
-    if sinks is None:
-        weights = scores.softmax(-1)
-    else:
-        sink = sinks.float()[None, :, None, None].expand(*scores.shape[:3], 1)
-        weights = torch.cat([scores, sink], -1).softmax(-1)[..., :-1]
-    return (weights.to(v.dtype) @ values).transpose(1, 2)
