@@ -30,16 +30,19 @@ library = torch.library.Library("mm", "FRAGMENT")
 @cache
 def available() -> bool:
     """Loads the compiled kernels; False on a machine without a C++ compiler, which a warning says."""
-    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     try:
-        if compiler is None:
+        if (found := compiler()) is None:
             raise OSError("there is no c++, g++ or clang++; CXX can name another")
-        torch.ops.load_library(_build(compiler))
+        torch.ops.load_library(_build(found))
     except (OSError, subprocess.CalledProcessError) as error:
         said = error.stderr.decode(errors="replace") if isinstance(error, subprocess.CalledProcessError) else error
         warnings.warn(f"decoding uses torch's slower operations: {FOLDER} was not built: {said}", stacklevel=2)
         return False
     return True
+
+
+def compiler() -> str | None:
+    return os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 
 
 def _build(compiler: str) -> Path:

@@ -143,7 +143,7 @@ inline void totals(const Lanes *v, float *to) {
 #define UNROLL _Pragma("GCC unroll 8")
 
 // In registers from here on: a compiler else reads them anew for each product, which takes longer than the product.
-#ifdef __x86_64__
+#if defined(__AVX512F__) || defined(__FMA__)
 inline void hold(Pair &p) { asm("" : "+v"(p.a), "+v"(p.b)); }
 #else
 inline void hold(Pair &) {}
